@@ -1,0 +1,62 @@
+"""The `care` command. One file a subcommand; each is a thin skin over a function of `care_mla`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from care_mla.errors import ConversionError
+
+app = typer.Typer(
+    name="care",
+    help="Turn a pretrained MHA/GQA language model into Multi-head Latent Attention, and measure what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    from care_mla.cli import calibrate, convert, evaluate, fetch, inspect, report  # noqa: F401  (registration)
+
+    errors = Console(stderr=True)
+    try:
+        app(standalone_mode=False)
+    except ConversionError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; nothing was written", highlight=False)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of typer's parser
+            errors.print(f"[bold red]error:[/] {_escaped(error.format_message())}", soft_wrap=True, highlight=False)
+            sys.exit(2)
+        raise
+
+
+def _as_interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _escaped(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def quiet_libraries() -> None:
+    """transformers' own bars and notices would tear ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,45 @@
+"""care calibrate"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich import print as show
+
+from care_mla import pipeline
+from care_mla.cli import app, options
+from care_mla.progress import rich_track
+
+
+@app.command()
+def calibrate(
+    source: options.Source,
+    out: options.Out,
+    calibration: options.Calibration = None,
+    field: options.Field = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
+    batch_size: options.BatchSize = None,
+    pack: options.Pack = None,
+    inputs: Annotated[
+        bool | None, typer.Option("--inputs", help="Also collect D x D input moments, for method care_c.")
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.DType = "auto",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Collect statistics once; they serve every method and rank."""
+    settings = options.given(
+        calibration=calibration,
+        field=field,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        batch_size=batch_size,
+        pack=pack,
+        inputs=inputs,
+    )
+    pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
+    show(f"statistics are in {out}")

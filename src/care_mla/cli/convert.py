@@ -1,0 +1,105 @@
+"""care convert"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from care_mla import pipeline
+from care_mla.cli import app, options
+from care_mla.methods import METHODS
+from care_mla.progress import rich_track
+from care_mla.ranks import ALLOCATORS
+
+
+@app.command()
+def convert(
+    source: options.Source,
+    out: options.Out,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics of `care calibrate`; otherwise calibrate now.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="split or joint latent.  [default: joint]")] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"{', '.join(METHODS)}.  [default: care]")] = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", help=f"{', '.join(ALLOCATORS)}.  [default: uniform]")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="The paper's r, for K and for V; a joint latent gets 2r.")
+    ] = None,
+    kv_save: Annotated[float | None, typer.Option("--kv-save", help="Share of the cache to save, e.g. 0.5.")] = None,
+    cache_elements: Annotated[
+        int | None, typer.Option("--cache-elements", help="Cached elements per token, all layers.")
+    ] = None,
+    min_rank: Annotated[int | None, typer.Option("--min-rank", help="Smallest rank of a latent.")] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank of a latent.")] = None,
+    rank_multiple: Annotated[
+        int | None, typer.Option("--rank-multiple", help="Ranks are multiples of this.  [default: 1]")
+    ] = None,
+    shrinkage: Annotated[
+        float | None, typer.Option("--shrinkage", help="Share of isotropic noise mixed into C.  [default: 0.01]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the written weights.  [default: the source's]")
+    ] = None,
+    calibration: options.Calibration = None,
+    field: options.Field = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
+    batch_size: options.BatchSize = None,
+    pack: options.Pack = None,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Convert a checkpoint; writes a loadable model, its manifest and a report."""
+    recipe: dict[str, Any] = options.given(
+        layout=layout,
+        method=method,
+        ranks=ranks,
+        rank=rank,
+        kv_save=kv_save,
+        cache_elements=cache_elements,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        rank_multiple=rank_multiple,
+        shrinkage=shrinkage,
+        dtype=dtype,
+    )
+    text = options.given(
+        calibration=calibration,
+        field=field,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        batch_size=batch_size,
+        pack=pack,
+    )
+    manifest = pipeline.convert(
+        source, out, stats=stats, calibration=text, overwrite=overwrite, device=device, track=rich_track, **recipe
+    )
+    show_conversion(manifest, out)
+
+
+def show_conversion(manifest: dict[str, Any], out: Path) -> None:
+    """One table: what was asked for and what it saves."""
+    table = Table(title=f"{manifest['source']['name']} -> {out}", show_header=False)
+    recipe, layers = manifest["recipe"], manifest["layers"]
+    widths = [sum(layer["ranks"]) for layer in layers]
+    table.add_row("recipe", f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks")
+    table.add_row(
+        "cached elements per token",
+        f"{manifest['source_cache_elements_per_token']} -> {manifest['cache_elements_per_token']}",
+    )
+    table.add_row("KV cache saved", f"{100 * manifest['kv_save']:.1f}%")
+    table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
+    for block, name in (("k", "keys"), ("v", "values")):
+        errors = [layer["relative_error"][block] for layer in layers]
+        table.add_row(
+            f"relative error of {name}",
+            f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",
+        )
+    table.add_row("report", str(out / pipeline.REPORT))
+    Console().print(table)

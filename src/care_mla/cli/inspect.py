@@ -1,0 +1,60 @@
+"""care inspect"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from care_mla import pipeline
+from care_mla.cli import app, options
+
+
+@app.command()
+def inspect(
+    source: options.Source,
+    budgets: Annotated[str, typer.Option("--budgets", help="Shares of the cache to save.")] = "0.5,0.75,0.875",
+) -> None:
+    """Architecture, cache now and at the given budgets, and what a conversion must keep. Reads config.json alone."""
+    facts = pipeline.inspect(source, [_share(part) for part in budgets.split(",")])
+    geometry = facts.geometry
+    table = Table(title=f"{source}: {facts.architecture}", show_header=False)
+    table.add_row(
+        "attention",
+        f"{geometry.attention_kind}, {geometry.num_heads} query heads over {geometry.num_kv_heads} key/value heads of {geometry.head_dim}",
+    )
+    table.add_row("layers, hidden size", f"{geometry.num_layers}, {geometry.hidden_size}")
+    table.add_row("KV parity", f"rank {geometry.kv_width} for K and V, joint {2 * geometry.kv_width}")
+    console = Console()
+    console.print(table)
+
+    cache = Table(title=f"KV cache per token ({facts.dtype})")
+    for column in ("saved", "elements", "bytes", "--rank", "joint latent"):
+        cache.add_column(column, justify="right")
+    for row in facts.budgets:
+        cache.add_row(
+            f"{100 * row.kv_save:.1f}%",
+            str(row.elements),
+            str(row.elements * facts.element_bytes),
+            f"{row.rank:g}",
+            f"{2 * row.rank:g}",
+        )
+    console.print(cache)
+
+    kept = Table(title="Features a conversion must keep")
+    for column in ("feature", "in this model", "latent layouts (split, joint)"):
+        kept.add_column(column)
+    for name, how, answer in facts.features:
+        kept.add_row(name, how, answer)
+    console.print(
+        kept if facts.features else "No feature beyond plain attention with RoPE; both latent layouts express it."
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budgets: {text!r} is not a number") from error

@@ -1,0 +1,38 @@
+"""Options that several subcommands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")]
+Device = Annotated[str, typer.Option("--device", help="torch device of the forward passes.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to calibrate on: alpaca, wikitext2, c4, ptb, a .txt/.json/.jsonl/.parquet file, `self` (sampled from the model), "
+        "or a mix such as alpaca:0.5,file.jsonl:0.5.  [default: self]",
+    ),
+]
+Field = Annotated[str | None, typer.Option("--field", help="Field of a record that holds the text.")]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration windows.  [default: 128]")]
+Seqlen = Annotated[int | None, typer.Option("--seqlen", help="Tokens in a window.  [default: 256]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the window positions.  [default: 42]")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Windows in one forward pass.  [default: 8]")]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack", help="Windows of the joined text, or one padded window a document.  [default: pack]"
+    ),
+]
+
+
+def given(**options: object) -> dict[str, object]:
+    """Only the options that the user set; the rest keep the defaults of `config.py`."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,73 @@
+"""Typed settings of the stages; the CLI and the Python API fill the same ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from care_mla.errors import ConfigError
+from care_mla.ranks.plan import Layout
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """Frozen, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def make(cls, **values: Any) -> Any:
+        """Validated settings.
+
+        Raises:
+            ConfigError: one sentence naming the option.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            raise ConfigError(f"{option} {first.get('input')!r}: {first['msg'].lower()}") from error
+
+
+class CalibrationSettings(Settings):
+    """What text the statistics come from.
+
+    Attributes:
+        calibration: SPEC, see `calibration.corpus.make_windows`.
+        field: field of records that holds the text.
+        pack: windows at random positions of the joined text; otherwise one padded window a document.
+        inputs: also collect the D x D input moment, for care_c.
+    """
+
+    calibration: str = "self"
+    field: str | None = None
+    samples: int = Field(128, ge=1)
+    seqlen: int = Field(256, ge=2)
+    seed: int = 42
+    batch_size: int = Field(8, ge=1)
+    pack: bool = True
+    inputs: bool = False
+
+
+class Recipe(Settings):
+    """How the weights are converted.
+
+    Attributes:
+        shrinkage: a of (1-a) C + a lambda I; the same for every method.
+        dtype: of the written factors; "auto" is the source's.
+    """
+
+    layout: Layout = "joint"
+    method: str = "care"
+    ranks: str = "uniform"
+    rank: int | None = None
+    kv_save: float | None = None
+    cache_elements: int | None = None
+    min_rank: int | None = None
+    max_rank: int | None = None
+    rank_multiple: int = Field(1, ge=1)
+    shrinkage: float = Field(0.01, ge=0.0, le=1.0)
+    dtype: DType = "auto"

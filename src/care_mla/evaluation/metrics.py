@@ -1,0 +1,108 @@
+"""Perplexity, mean KL to a reference and top-1 agreement over fixed windows of a text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from care_mla.calibration.corpus import leading_bos, tokenize
+from care_mla.errors import CalibrationError, ConfigError
+from care_mla.evaluation.cache import CacheUsage, measure_cache
+from care_mla.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one text. Losses are means over predicted tokens, in nats.
+
+    Attributes:
+        loss: cross entropy of the model; perplexity = exp(loss).
+        reference_loss, loss_increase, kl, top1_agreement: against the reference; None without one.
+    """
+
+    perplexity: float
+    loss: float
+    num_tokens: int
+    seqlen: int
+    windows: int
+    cache: CacheUsage
+    reference_perplexity: float | None = None
+    reference_loss: float | None = None
+    loss_increase: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    reference_cache: CacheUsage | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, *, seqlen: int, windows: int) -> Tensor:
+    """The first non-overlapping windows of a text, [windows, seqlen].
+
+    Raises:
+        CalibrationError: text too short.
+    """
+    if seqlen < 2 or windows < 1:
+        raise ConfigError(f"--seqlen {seqlen} and --windows {windows} must be at least 2 and 1")
+    bos = leading_bos(tokenizer)
+    body = seqlen - (bos is not None)
+    tokens = tokenize(tokenizer, text)
+    if len(tokens) < windows * body:
+        raise CalibrationError(
+            f"the evaluation text has {len(tokens)} tokens, {windows} windows of {seqlen} need {windows * body}; lower --windows or --seqlen"
+        )
+    rows = tokens[: windows * body].view(windows, body)
+    return rows if bos is None else torch.cat([torch.full((windows, 1), bos), rows], dim=1)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: PreTrainedModel, windows: Tensor, *, reference: PreTrainedModel | None = None, track: Track = silent
+) -> Evaluation:
+    """Evaluate on windows [count, seqlen], one at a time.
+
+    Args:
+        reference: the unconverted model, for the loss increase, KL(reference || model) and top-1 agreement.
+    """
+    loss = reference_loss = kl = agreement = 0.0
+    for row in track(windows, "Evaluating", len(windows)):
+        ids = row[None]
+        targets = row[1:].to(model.device)
+        logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
+        loss += cross_entropy(logits, targets, reduction="sum").item()
+        if reference is not None:
+            expected = reference(ids.to(reference.device), use_cache=False).logits[0, :-1].float().to(model.device)
+            reference_loss += cross_entropy(expected, targets, reduction="sum").item()
+            kl += kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="sum").item()
+            agreement += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    mean = loss / count
+    if not math.isfinite(mean):
+        raise CalibrationError("the model's loss on this text is not finite; try --dtype float32")
+    compared: dict[str, Any] = {}
+    if reference is not None:
+        compared = {
+            "reference_perplexity": math.exp(reference_loss / count),
+            "reference_loss": reference_loss / count,
+            "loss_increase": (loss - reference_loss) / count,
+            "kl": kl / count,
+            "top1_agreement": agreement / count,
+            "reference_cache": measure_cache(reference, windows[:1]),
+        }
+    return Evaluation(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        loss=mean,
+        num_tokens=count,
+        seqlen=windows.shape[1],
+        windows=windows.shape[0],
+        cache=measure_cache(model, windows[:1]),
+        **compared,
+    )

@@ -1,0 +1,76 @@
+"""Layout `latent`: RoPE kept whole. The latents are cached; keys are rebuilt, biased, normalized and rotated when read.
+
+Tensors of one attention module (R the layer's cached width, n = g_h d_h):
+    kv_a_proj.weight [R, D]    x -> latents, all blocks stacked
+    k_b_proj.weight  [n, R_k]  key latent -> keys (R_k = R when joint), bias [n] = the source's
+    v_b_proj.weight  [n, R_v]  value latent -> values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from care_mla.linalg import Factors
+from care_mla.ranks.plan import Layout
+
+EXPRESSES: dict[str, str] = {
+    "qkv bias": "k and v biases are added to the rebuilt keys and values",
+    "QK-norm": "keys are rebuilt, then normalized",
+    "sliding window": "same masks; windowed layers cache a window of latents",
+    "RoPE scaling": "keys are rotated by the model's own rotary module",
+    "tied embeddings": "unchanged",
+}
+"""Features of a source (`FamilySpec.features`) that this layout keeps, and how. One that is not here cannot be converted."""
+
+
+def split_blocks(layout: Layout, kv_width: int) -> tuple[slice, ...]:
+    """Rows of y = [keys ; values] that each latent of a layout covers."""
+    if layout == "joint":
+        return (slice(0, 2 * kv_width),)
+    return (slice(0, kv_width), slice(kv_width, 2 * kv_width))
+
+
+def latent_tensors(
+    factors: Sequence[Factors],
+    W: Float[Tensor, "m D"],
+    *,
+    layout: Layout,
+    k_bias: Float[Tensor, "n"] | None = None,
+    v_bias: Float[Tensor, "n"] | None = None,
+) -> dict[str, Tensor]:
+    """Weights of one converted attention module, by name.
+
+    Args:
+        factors: one for each block of the layout.
+        W: stacked [W_K ; W_V], m = 2n, float64.
+        k_bias, v_bias: the source's; they apply after the rebuilding and stay as they are.
+    """
+    kv_width = len(W) // 2
+    rows = split_blocks(layout, kv_width)
+    down = torch.cat([factor.encode @ W[row] for factor, row in zip(factors, rows, strict=True)])
+    k_up, v_up = (
+        (factors[0].up[:kv_width], factors[0].up[kv_width:]) if layout == "joint" else (factors[0].up, factors[1].up)
+    )
+    tensors = {"kv_a_proj.weight": down, "k_b_proj.weight": k_up, "v_b_proj.weight": v_up}
+    if k_bias is not None:
+        tensors["k_b_proj.bias"] = k_bias
+    if v_bias is not None:
+        tensors["v_b_proj.bias"] = v_bias
+    return tensors
+
+
+def relative_errors(
+    factors: Sequence[Factors], second_moment: Float[Tensor, "m m"], *, layout: Layout
+) -> tuple[float, float]:
+    """E||y - y'||^2 / E||y||^2 of the keys and of the values, on unshrunk moments: one yardstick for every method."""
+    kv_width = len(second_moment) // 2
+    error = torch.eye(len(second_moment), dtype=second_moment.dtype)
+    for factor, rows in zip(factors, split_blocks(layout, kv_width), strict=True):
+        error[rows, rows] -= factor.projector()
+    lost, total = (error @ second_moment @ error.T).diagonal(), second_moment.diagonal()
+    keys, values = split_blocks("split", kv_width)
+    return float(lost[keys].sum() / total[keys].sum()), float(lost[values].sum() / total[values].sum())

@@ -1,0 +1,9 @@
+"""Methods differ in one thing: the second moment (and output metric) that they decompose.
+
+`METHODS` maps a name to its `Method`; each lives in a file of its own and is one pure function.
+"""
+
+from care_mla.methods import asvd, care, care_c, svd  # noqa: F401  (registration)
+from care_mla.methods.registry import METHODS, Method, Metric, get_method
+
+__all__ = ["METHODS", "Method", "Metric", "get_method"]

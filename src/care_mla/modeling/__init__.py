@@ -1,0 +1,18 @@
+"""The project's own Hugging Face classes. Importing this registers them with AutoConfig and AutoModelForCausalLM."""
+
+from care_mla.modeling.attention import LatentAttention
+from care_mla.modeling.cache import LatentCache
+from care_mla.modeling.configuration import CareMlaConfig, converted_config
+from care_mla.modeling.gguf import gguf_to_directory
+from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load
+
+__all__ = [
+    "LANGUAGE_MODEL",
+    "CareMlaConfig",
+    "CareMlaForCausalLM",
+    "LatentAttention",
+    "LatentCache",
+    "converted_config",
+    "gguf_to_directory",
+    "load",
+]

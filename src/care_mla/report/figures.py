@@ -1,0 +1,112 @@
+"""Figures of the report as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from torch import Tensor
+
+BLOCK_NAMES = {"k": "keys", "v": "values", "kv": "keys and values"}
+COLORS = {"k": "#2563eb", "v": "#ea580c", "kv": "#0f766e"}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "care-mla",
+}
+
+
+def _svg(draw: Callable[[Axes], None], *, width: float = 7.2, height: float = 2.9) -> str:
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def rank_profile(ranks: Sequence[Sequence[int]], blocks: Sequence[str], parity: int) -> str:
+    """Latent width by layer, stacked over blocks, against KV parity."""
+
+    def draw(axes: Axes) -> None:
+        layers = range(len(ranks))
+        below = [0] * len(ranks)
+        for index, block in enumerate(blocks):
+            heights = [layer[index] for layer in ranks]
+            axes.bar(layers, heights, bottom=below, color=COLORS[block], label=BLOCK_NAMES[block], width=0.8)
+            below = [b + h for b, h in zip(below, heights, strict=True)]
+        axes.axhline(parity, color="#6b7280", linestyle="--", linewidth=1, label="unconverted cache")
+        axes.set(xlabel="layer", ylabel="cached elements per token")
+        axes.legend(loc="center right", fontsize=8)
+
+    return _svg(draw)
+
+
+def spectra(energies: Tensor, ranks: Sequence[int], block: str) -> str:
+    """Energy left after r directions, one line a layer (dark: early), a dot where the layer was cut."""
+
+    def draw(axes: Axes) -> None:
+        count = len(energies)
+        colors = plt.get_cmap("viridis")([i / max(1, count - 1) for i in range(count)])
+        for layer, row in enumerate(energies.double()):
+            total = row.sum()
+            left = (row.flip(0).cumsum(0).flip(0) / total).clamp_min(1e-12)
+            axes.semilogy(range(len(row)), left, color=colors[layer], linewidth=0.8)
+            cut = ranks[layer]
+            if cut < len(row):
+                axes.semilogy([cut], [left[cut]], "o", color=colors[layer], markersize=3)
+        axes.set(
+            xlabel="rank",
+            ylabel="share of energy dropped",
+            ylim=(1e-6, 1.5),
+            title=f"{BLOCK_NAMES[block]} (dark: first layers)",
+        )
+
+    return _svg(draw)
+
+
+def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
+    """Relative squared error of rebuilt keys and values on the calibration text."""
+
+    def draw(axes: Axes) -> None:
+        for block in ("k", "v"):
+            values = [max(layer["relative_error"][block], 1e-12) for layer in layers]
+            axes.semilogy(
+                range(len(values)),
+                values,
+                "o-",
+                color=COLORS[block],
+                markersize=3,
+                linewidth=1,
+                label=BLOCK_NAMES[block],
+            )
+        axes.set(xlabel="layer", ylabel="E|y - y'|² / E|y|²")
+        axes.legend(fontsize=8)
+
+    return _svg(draw)
+
+
+def cache_by_layer(converted: Sequence[float], original: Sequence[float] | None, element_bytes: int) -> str:
+    """Bytes per token and layer as measured on the live cache objects."""
+
+    def draw(axes: Axes) -> None:
+        layers = range(len(converted))
+        if original is not None:
+            axes.bar(layers, [w * element_bytes for w in original], color="#d1d5db", label="original", width=0.8)
+        axes.bar(layers, [w * element_bytes for w in converted], color="#0f766e", label="converted", width=0.8)
+        axes.set(xlabel="layer", ylabel="bytes per token")
+        axes.legend(fontsize=8)
+
+    return _svg(draw)

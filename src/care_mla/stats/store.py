@@ -1,0 +1,84 @@
+"""The STATS directory: stats.json with provenance, and one safetensors file a layer, read one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from care_mla.errors import CalibrationError
+from care_mla.stats.moments import Moments
+
+FORMAT = "care-mla statistics 1"
+
+
+def _layer_file(directory: Path, layer: int) -> Path:
+    return directory / f"layer_{layer:04d}.safetensors"
+
+
+class StatisticsWriter:
+    """Writes a STATS directory (into a staging directory that the caller makes atomic)."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def write_layer(self, layer: int, moments: Moments) -> None:
+        """One layer's moments."""
+        save_file(
+            {name: t.contiguous().cpu() for name, t in moments.to_tensors().items()}, _layer_file(self.directory, layer)
+        )
+
+    def write_metadata(self, metadata: dict[str, Any]) -> None:
+        """Provenance: source fingerprint, corpus, token count, versions. Written last."""
+        text = json.dumps({"format": FORMAT, **metadata}, indent=2, ensure_ascii=False)
+        (self.directory / "stats.json").write_text(text + "\n", encoding="utf-8")
+
+
+class StatisticsStore:
+    """A finished STATS directory, layer by layer."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        path = directory / "stats.json"
+        if not path.is_file():
+            raise CalibrationError(
+                f"{directory} holds no statistics (no stats.json); make them with `care calibrate SOURCE --out {directory}`"
+            )
+        try:
+            self.metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{path} is not valid JSON ({error}); run `care calibrate` again") from error
+        if self.metadata.get("format") != FORMAT:
+            raise CalibrationError(
+                f"{path} has format {self.metadata.get('format')!r}, this version reads {FORMAT!r}; run `care calibrate` again"
+            )
+
+    def layer(self, layer: int) -> Moments:
+        """Moments of one layer.
+
+        Raises:
+            CalibrationError: missing or damaged file.
+        """
+        path = _layer_file(self.directory, layer)
+        try:
+            return Moments.from_tensors(load_file(path))
+        except (FileNotFoundError, SafetensorError, TypeError) as error:
+            raise CalibrationError(
+                f"statistics of layer {layer} cannot be read from {path} ({error}); run `care calibrate` again"
+            ) from error
+
+    def require_source(self, fingerprint: str, source: str) -> None:
+        """Refuse statistics of another model.
+
+        Raises:
+            CalibrationError: the fingerprints differ.
+        """
+        found = self.metadata.get("source_fingerprint")
+        if found != fingerprint:
+            raise CalibrationError(
+                f"{self.directory} was calibrated on another model ({self.metadata.get('source')}, fingerprint {str(found)[:12]}) than "
+                f"{source} ({fingerprint[:12]}); run `care calibrate {source}` for this one"
+            )
