@@ -74,7 +74,7 @@ def uniform(energies: Sequence[Energies], budget: Budget, bounds: Bounds) -> lis
             f"the budget of {budget.elements} cached elements gives every latent rank {rank} (in steps of {bounds.multiple}), "
             f"outside the bounds {bounds.least}..{bounds.most}"
         )
-    return [[rank] * len(energies)] * budget.num_blocks
+    return [[rank] * len(block) for block in energies]
 
 
 def care(energies: Sequence[Energies], budget: Budget, bounds: Bounds) -> list[list[int]]:

@@ -1,0 +1,79 @@
+"""Shared fixtures: tiny random models of every family, the real model, and ../shared/data where it exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Shapes of the numerical folders are checked at run time throughout the suite.
+_hook = install_import_hook(
+    ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.mapping"], "beartype.beartype"
+)
+with _hook:
+    import care_mla.mapping
+    import care_mla.methods
+    import care_mla.ranks
+    import care_mla.stats
+
+import pytest
+import torch
+import transformers
+from tiny import TINY, write_tiny_model
+
+import care_mla
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """tiny("qwen3", num_key_value_heads=1) -> directory of a random model with a byte tokenizer."""
+
+    def make(name: str = "llama", directory: Path | None = None, **changes: object) -> Path:
+        return write_tiny_model(directory or tmp_path / f"source-{name}", name, **changes)
+
+    return make
+
+
+@pytest.fixture(params=sorted(TINY))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family, by the name of its tiny configuration."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough plain text to calibrate a tiny model on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"line {i} of {i * i % 97} words, {chr(97 + i % 26) * (i % 7)}" for i in range(2000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an HF directory; `make test` prepares it, a bare pytest run makes it here."""
+    prepared = Path(os.environ.get("CARE_TEST_MODEL", ROOT / "build" / "smollm2-135m"))
+    if (prepared / "config.json").is_file():
+        return prepared
+    out = tmp_path_factory.mktemp("real") / "smollm2-135m"
+    care_mla.fetch("smollm2-135m", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Calibration and evaluation text that does not travel with the repository."""
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent: this test compares with reference numbers on texts that are not in the repository")
+    return DATA

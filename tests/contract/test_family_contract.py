@@ -1,0 +1,128 @@
+"""One contract for every family: what a conversion must preserve, on tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import care_mla
+from care_mla.evaluation import measure_cache
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+
+
+def _convert(source: Path, out: Path, text: Path, **recipe: Any) -> Path:
+    care_mla.convert(source, out, calibration={"calibration": str(text), "samples": 16, "seqlen": 48}, **recipe)
+    return out
+
+
+def _kv_width(source: Path) -> int:
+    return care_mla.inspect(source).geometry.kv_width
+
+
+@pytest.fixture(params=["split", "joint"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def parity_pair(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> tuple[Any, Any]:
+    """Source and its conversion at full rank, which must not differ."""
+    source = tiny(family)
+    return care_mla.load(source), care_mla.load(_convert(source, tmp_path / "full", text_file, rank=_kv_width(source), layout=layout))
+
+
+def _ids(*shape: int) -> Tensor:
+    return torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def test_kv_parity_equals_the_source(parity_pair: tuple[Any, Any]) -> None:
+    """Prefill past the sliding window, and token by token."""
+    source, converted = parity_pair
+    ids = _ids(2, 24)
+    expected = source(ids).logits
+    torch.testing.assert_close(converted(ids, use_cache=False).logits, expected, **TOLERANCE)
+    cache, steps = None, []
+    for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, 24))):
+        output = converted(step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_kv_parity_generates_the_same(parity_pair: tuple[Any, Any]) -> None:
+    """Batched and left-padded, greedy and with beams, past the sliding window."""
+    source, converted = parity_pair
+    ids, mask = _ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    ids[0, :5] = 2
+    for options in ({}, {"num_beams": 3}):
+        both = [
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None, **options)
+            for model in (source, converted)
+        ]
+        assert torch.equal(*both)
+
+
+@torch.no_grad()
+def test_left_padding_does_not_matter(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    converted = care_mla.load(_convert(tiny(family), tmp_path / "out", text_file, kv_save=0.5))
+    ids = _ids(1, 9)
+    padded = torch.cat([torch.full((1, 4), 2), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)], dim=1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    assert torch.equal(
+        converted.generate(ids, **options)[:, 9:], converted.generate(padded, attention_mask=mask, **options)[:, 13:]
+    )
+
+
+@torch.no_grad()
+def test_truncation_equals_a_low_rank_edit_of_the_source(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    source = tiny(family)
+    n = _kv_width(source)
+    out = _convert(source, tmp_path / "out", text_file, rank=max(1, n // 3), layout=layout)
+    written = load_file(out / "model.safetensors")
+    edited = care_mla.load(source)
+    for layer in range(3):
+        prefix = f"language_model.model.layers.{layer}.self_attn."
+        down, k_up, v_up = (written[f"{prefix}{name}.weight"] for name in ("kv_a_proj", "k_b_proj", "v_b_proj"))
+        attention = edited.model.layers[layer].self_attn
+        attention.k_proj.weight.copy_(k_up @ down[: k_up.shape[1]])
+        attention.v_proj.weight.copy_(v_up @ down[-v_up.shape[1] :])
+    ids = _ids(2, 24)
+    torch.testing.assert_close(care_mla.load(out)(ids).logits, edited(ids).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_reload_equals_original_and_cache_holds_latents_only(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    out = _convert(tiny(family), tmp_path / "out", text_file, kv_save=0.6, layout=layout, ranks="care", min_rank=1)
+    converted = care_mla.load(out)
+    converted.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    ids = _ids(2, 7)
+    torch.testing.assert_close(again(ids).logits, converted(ids).logits, atol=0, rtol=0)
+    usage = measure_cache(converted, _ids(1, 7))
+    assert usage.layer_widths == converted.config.kv_lora_rank
+    assert len(set(usage.layer_widths)) > 1, "ranks were meant to differ between layers"
+    assert usage.bytes_per_token == 4 * sum(usage.layer_widths) + 4  # float32 latents, one int32 position
+
+
+def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """Everything but the key and value projections is copied bit for bit under its own name."""
+    source = tiny(family)
+    out = _convert(source, tmp_path / "out", text_file, kv_save=0.5)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    kept = {name for name in before if ".k_proj." not in name and ".v_proj." not in name}
+    assert {f"language_model.{name}" for name in kept} == {name for name in after if "kv_a_proj" not in name and "_b_proj" not in name}
+    assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
+    for name in (n for n in before if n.endswith(("k_proj.bias", "v_proj.bias"))):
+        assert torch.equal(before[name], after["language_model." + name.replace("_proj", "_b_proj")])
