@@ -33,7 +33,7 @@ DATA = ROOT.parent / "shared" / "data"
 def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    torch.set_num_threads(1)  # tiny models lose by threads; pytest-xdist uses the cores
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def family(request: pytest.FixtureRequest) -> str:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough plain text to calibrate a tiny model on."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"line {i} of {i * i % 97} words, {chr(97 + i % 26) * (i % 7)}" for i in range(2000)), encoding="utf-8")
+    path.write_text(
+        " ".join(f"line {i} of {i * i % 97} words, {chr(97 + i % 26) * (i % 7)}" for i in range(2000)), encoding="utf-8"
+    )
     return path
 
 
@@ -75,5 +77,7 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_data() -> Path:
     """Calibration and evaluation text that does not travel with the repository."""
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is absent: this test compares with reference numbers on texts that are not in the repository")
+        pytest.skip(
+            f"{DATA} is absent: this test compares with reference numbers on texts that are not in the repository"
+        )
     return DATA

@@ -40,7 +40,13 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": 8},
     "qwen2": {"model_type": "qwen2", "head_dim": None},
-    "qwen2-window": {"model_type": "qwen2", "head_dim": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "head_dim": None,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3"},
     "qwen3-mqa-bias": {"model_type": "qwen3", "num_key_value_heads": 1, "attention_bias": True},
 }

@@ -33,10 +33,14 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def parity_pair(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> tuple[Any, Any]:
+def parity_pair(
+    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> tuple[Any, Any]:
     """Source and its conversion at full rank, which must not differ."""
     source = tiny(family)
-    return care_mla.load(source), care_mla.load(_convert(source, tmp_path / "full", text_file, rank=_kv_width(source), layout=layout))
+    return care_mla.load(source), care_mla.load(
+        _convert(source, tmp_path / "full", text_file, rank=_kv_width(source), layout=layout)
+    )
 
 
 def _ids(*shape: int) -> Tensor:
@@ -67,7 +71,15 @@ def test_kv_parity_generates_the_same(parity_pair: tuple[Any, Any]) -> None:
     ids[0, :5] = 2
     for options in ({}, {"num_beams": 3}):
         both = [
-            model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None, **options)
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=12,
+                do_sample=False,
+                pad_token_id=2,
+                eos_token_id=None,
+                **options,
+            )
             for model in (source, converted)
         ]
         assert torch.equal(*both)
@@ -86,7 +98,9 @@ def test_left_padding_does_not_matter(family: str, tiny: Callable[..., Path], tm
 
 
 @torch.no_grad()
-def test_truncation_equals_a_low_rank_edit_of_the_source(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_truncation_equals_a_low_rank_edit_of_the_source(
+    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     source = tiny(family)
     n = _kv_width(source)
     out = _convert(source, tmp_path / "out", text_file, rank=max(1, n // 3), layout=layout)
@@ -103,7 +117,9 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(family: str, layout: st
 
 
 @torch.no_grad()
-def test_reload_equals_original_and_cache_holds_latents_only(family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_reload_equals_original_and_cache_holds_latents_only(
+    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     out = _convert(tiny(family), tmp_path / "out", text_file, kv_save=0.6, layout=layout, ranks="care", min_rank=1)
     converted = care_mla.load(out)
     converted.save_pretrained(tmp_path / "again")
@@ -122,7 +138,9 @@ def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path
     out = _convert(source, tmp_path / "out", text_file, kv_save=0.5)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     kept = {name for name in before if ".k_proj." not in name and ".v_proj." not in name}
-    assert {f"language_model.{name}" for name in kept} == {name for name in after if "kv_a_proj" not in name and "_b_proj" not in name}
+    assert {f"language_model.{name}" for name in kept} == {
+        name for name in after if "kv_a_proj" not in name and "_b_proj" not in name
+    }
     assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
     for name in (n for n in before if n.endswith(("k_proj.bias", "v_proj.bias"))):
         assert torch.equal(before[name], after["language_model." + name.replace("_proj", "_b_proj")])

@@ -18,7 +18,11 @@ def _converted(layout: str = "joint", name: str = "qwen2") -> CareMlaForCausalLM
     text = tiny_model(name).config
     torch.manual_seed(1)
     split = {"k_lora_rank": [5, 7, 9]} if layout == "split" else {}
-    model = CareMlaForCausalLM(CareMlaConfig(text_config=text.to_dict(), layout=layout, kv_lora_rank=[12, 10, 16], k_bias=True, v_bias=True, **split))
+    model = CareMlaForCausalLM(
+        CareMlaConfig(
+            text_config=text.to_dict(), layout=layout, kv_lora_rank=[12, 10, 16], k_bias=True, v_bias=True, **split
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5)
@@ -30,7 +34,9 @@ def _converted(layout: str = "joint", name: str = "qwen2") -> CareMlaForCausalLM
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("layout", ["split", "joint"])
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-window"])
-def test_absorbed_equals_expanded(name: str, layout: str, padded: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absorbed_equals_expanded(
+    name: str, layout: str, padded: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = _converted(layout, name)
     model.set_attn_implementation(implementation)
     mask = torch.ones_like(IDS)
@@ -39,7 +45,12 @@ def test_absorbed_equals_expanded(name: str, layout: str, padded: bool, implemen
     for absorb in (False, True):
         monkeypatch.setattr(attention_module, "absorbing_is_cheaper", lambda *_, absorb=absorb: absorb)
         prefill = model(IDS, attention_mask=mask, use_cache=True)
-        step = model(IDS[:, :3], attention_mask=torch.cat([mask, mask[:, -3:]], 1), past_key_values=prefill.past_key_values, use_cache=True)
+        step = model(
+            IDS[:, :3],
+            attention_mask=torch.cat([mask, mask[:, -3:]], 1),
+            past_key_values=prefill.past_key_values,
+            use_cache=True,
+        )
         logits.append(torch.cat([prefill.logits[:, 5:], step.logits], dim=1))
     torch.testing.assert_close(*logits, atol=2e-5, rtol=0)
 
@@ -62,7 +73,9 @@ def test_cache_crop_select_and_repeat_keep_positions() -> None:
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
     assert torch.equal(cache.positions, positions[[1, 0], :10].int())
-    swapped = model(IDS[[1, 0], 10:], attention_mask=mask[[1, 0]], position_ids=positions[[1, 0], 10:], past_key_values=cache)
+    swapped = model(
+        IDS[[1, 0], 10:], attention_mask=mask[[1, 0]], position_ids=positions[[1, 0], 10:], past_key_values=cache
+    )
     whole = model(IDS, attention_mask=mask, position_ids=positions, use_cache=False)
     torch.testing.assert_close(swapped.logits, whole.logits[[1, 0], 10:], atol=2e-5, rtol=0)
     cache.reset()
@@ -79,7 +92,9 @@ def test_holes_in_the_mask_keep_their_positions() -> None:
     cache = LatentCache(config=model.config)
     model(prompt, attention_mask=mask, position_ids=torch.arange(7)[None], past_key_values=cache)
     step_mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-    step = model(IDS[:, 7:8], attention_mask=step_mask, position_ids=torch.tensor(lengths)[:, None], past_key_values=cache)
+    step = model(
+        IDS[:, 7:8], attention_mask=step_mask, position_ids=torch.tensor(lengths)[:, None], past_key_values=cache
+    )
     for row, length in enumerate(lengths):
         alone = model(torch.cat([prompt[row, :length], IDS[row, 7:8]])[None], use_cache=False)
         torch.testing.assert_close(step.logits[row, -1], alone.logits[0, -1], atol=2e-5, rtol=0)

@@ -41,7 +41,17 @@ def test_imports(path: Path) -> None:
         assert not [name for name in own if name in ORDER[ORDER.index(part) + 1 :]], f"{part} imports a later stage"
     if part in NUMERICAL:
         allowed = {"torch", "jaxtyping", "safetensors"} if part == "stats" else {"torch", "jaxtyping"}
-        third_party = outside & {"transformers", "numpy", "pydantic", "rich", "safetensors", "huggingface_hub", "matplotlib", "torch", "jaxtyping"}
+        third_party = outside & {
+            "transformers",
+            "numpy",
+            "pydantic",
+            "rich",
+            "safetensors",
+            "huggingface_hub",
+            "matplotlib",
+            "torch",
+            "jaxtyping",
+        }
         assert third_party <= allowed
     if part not in TRANSFORMERS:
         assert "transformers" not in outside

@@ -144,5 +144,8 @@ def test_converted_weights_are_plain_safetensors(tmp_path: Path, tiny: Callable[
 
     out = tmp_path / "converted"
     care_mla.convert(tiny(), out, rank=8, calibration={"calibration": str(text_file), "samples": 4, "seqlen": 32})
-    assert load_file(out / "model.safetensors")["language_model.model.layers.2.self_attn.kv_a_proj.weight"].shape == (16, 48)
+    assert load_file(out / "model.safetensors")["language_model.model.layers.2.self_attn.kv_a_proj.weight"].shape == (
+        16,
+        48,
+    )
     assert not list(out.glob("*.bin")) and not list(out.glob("*.py"))

@@ -54,7 +54,13 @@ def test_unusable_text(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "x.csv").write_text("a,b")
-    for name, message in (("empty.txt", "holds no text"), ("bad.jsonl", "not valid JSONL"), ("latin.txt", "not UTF-8"), ("x.csv", "text files are"), ("absent.txt", "neither a file nor")):
+    for name, message in (
+        ("empty.txt", "holds no text"),
+        ("bad.jsonl", "not valid JSONL"),
+        ("latin.txt", "not UTF-8"),
+        ("x.csv", "text files are"),
+        ("absent.txt", "neither a file nor"),
+    ):
         with pytest.raises(CalibrationError, match=message):
             load_text(str(tmp_path / name))
 
@@ -94,7 +100,9 @@ def test_mix_weights_are_exact(tmp_path: Path) -> None:
     """Shares of the total weight are the asked ones although documents differ in length."""
     for name, text in (("a", "xy"), ("b", "abcdefghijkl")):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * 10)
-    windows = make_windows(f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.jsonl:0.75", TOKENIZER, samples=8, seqlen=10, seed=0, pack=False)
+    windows = make_windows(
+        f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.jsonl:0.75", TOKENIZER, samples=8, seqlen=10, seed=0, pack=False
+    )
     weight = windows.lengths * windows.weights
     short = windows.lengths == 2
     assert int(short.sum()) == 2
@@ -110,7 +118,9 @@ def test_more_corpora_than_samples(text_file: Path) -> None:
 def test_self_sampling_is_deterministic_full_and_without_special_tokens() -> None:
     model = tiny_model("llama")
     samples = [make_windows("self", TOKENIZER, samples=5, seqlen=16, seed=s, model=model).input_ids for s in (3, 3, 4)]
-    assert samples[0].shape == (5, 16) and torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    assert (
+        samples[0].shape == (5, 16) and torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    )
     assert int(samples[0].min()) > 2
 
 

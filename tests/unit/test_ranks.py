@@ -16,18 +16,33 @@ GEOMETRY = Geometry(num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=2, h
 def _energies(layers: int, width: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     decay = torch.linspace(0.1, 1.0, layers)
-    return [torch.exp(-decay[i] * torch.arange(width)).double() * (1 + torch.rand(1, generator=generator)) for i in range(layers)]
+    return [
+        torch.exp(-decay[i] * torch.arange(width)).double() * (1 + torch.rand(1, generator=generator))
+        for i in range(layers)
+    ]
 
 
 def test_three_ways_to_name_a_budget_agree() -> None:
-    budgets = [make_budget(GEOMETRY, "joint", **{k: v}) for k, v in (("rank", 8), ("kv_save", 0.5), ("cache_elements", 64))]
+    budgets = [
+        make_budget(GEOMETRY, "joint", **{k: v}) for k, v in (("rank", 8), ("kv_save", 0.5), ("cache_elements", 64))
+    ]
     assert {budget.elements for budget in budgets} == {64}
     assert [make_budget(GEOMETRY, layout, rank=8).nominal_rank for layout in ("split", "joint")] == [8, 16]
 
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"rank": 4, "kv_save": 0.5}, {"rank": 0}, {"rank": 17}, {"kv_save": 1.0}, {"kv_save": -0.1}, {"kv_save": float("nan")}, {"cache_elements": 3}, {"cache_elements": 129}],
+    [
+        {},
+        {"rank": 4, "kv_save": 0.5},
+        {"rank": 0},
+        {"rank": 17},
+        {"kv_save": 1.0},
+        {"kv_save": -0.1},
+        {"kv_save": float("nan")},
+        {"cache_elements": 3},
+        {"cache_elements": 129},
+    ],
 )
 def test_bad_budgets(given: dict[str, float]) -> None:
     with pytest.raises(RankError):

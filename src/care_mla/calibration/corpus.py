@@ -54,17 +54,15 @@ def parse_spec(spec: str) -> list[CorpusPart]:
         ConfigError: an empty part, or a weight that is not positive.
     """
     parts = []
-    for term in spec.split(","):
-        name, _, tail = term.strip().rpartition(":")
+    for term in (term.strip() for term in spec.split(",")):
+        name, colon, tail = term.rpartition(":")
         try:
-            weight = float(tail) if name else 1.0
-        except ValueError:
-            name, weight = term.strip(), 1.0
-        name = name or term.strip()
+            weight = float(tail) if colon else 1.0
+        except ValueError:  # a colon of the path
+            colon, weight = "", 1.0
+        name = name if colon else term
         if not name or not weight > 0:
-            raise ConfigError(
-                f"calibration {spec!r}: {term.strip()!r} is not NAME or NAME:WEIGHT with a positive weight"
-            )
+            raise ConfigError(f"calibration {spec!r}: {term!r} is not NAME or NAME:WEIGHT with a positive weight")
         parts.append(CorpusPart(name, weight))
     total = sum(part.weight for part in parts)
     return [CorpusPart(part.name, part.weight / total) for part in parts]

@@ -28,7 +28,10 @@ _STYLE: Any = {
 
 def _svg(draw: Callable[[Axes], None], *, width: float = 7.2, height: float = 2.9) -> str:
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        figure, axes = plt.subplots(figsize=(width, height))
+        figure.subplots_adjust(
+            left=0.09, right=0.99, bottom=0.16, top=0.91
+        )  # a fixed frame draws once; a computed one, twice
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
