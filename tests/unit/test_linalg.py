@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,9 +52,7 @@ def test_residual_is_the_measured_error_and_falls_with_rank(moment: Tensor, metr
         lost = torch.eye(6, dtype=torch.float64) - truncate(spectrum, rank).projector()
         errors.append(float((weight @ lost @ moment @ lost.T).trace()))
         assert errors[-1] == pytest.approx(spectrum.residual(rank), abs=1e-9 * float(spectrum.energies[0]))
-    assert all(
-        late <= early + 1e-9 * float(spectrum.energies[0]) for early, late in zip(errors, errors[1:], strict=False)
-    )
+    assert all(late <= early + 1e-9 * float(spectrum.energies[0]) for early, late in pairwise(errors))
 
 
 def test_no_other_projection_of_the_rank_is_better(metric: Tensor | None) -> None:

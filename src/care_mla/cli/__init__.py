@@ -20,6 +20,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+
+
 def main() -> None:
     """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
     quiet_libraries()
@@ -28,20 +31,21 @@ def main() -> None:
 
     errors = Console(stderr=True)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit; 130 is its word for Ctrl-C
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except ConversionError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; nothing was written", highlight=False)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's parser
             errors.print(f"[bold red]error:[/] {_escaped(error.format_message())}", soft_wrap=True, highlight=False)
             sys.exit(2)
         raise
+    sys.exit(code or 0)
 
 
 def _as_interrupt(signum: int, frame: Any) -> None:

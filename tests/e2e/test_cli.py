@@ -1,0 +1,257 @@
+"""The commands as a user types them, right and wrong: one sentence on stderr, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from care_mla.cli import main
+
+CARE = [sys.executable, "-c", "from care_mla.cli import main; main()"]
+
+
+Care = Callable[..., str]
+
+
+@pytest.fixture
+def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Care]:
+    """Run `care ...` here; returns what it printed, after checking the exit code."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
+        try:
+            main()
+            found: object = 0
+        except SystemExit as stop:
+            found = stop.code or 0
+        printed = "".join(capsys.readouterr())
+        assert found == code, printed
+        return printed
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    source, stats, out = tiny("qwen3"), tmp_path / "stats", tmp_path / "out"
+    assert "QK-norm" in care("inspect", source)
+    care("calibrate", source, "--out", stats, "--calibration", text_file, "--samples", 8, "--seqlen", 32, "--inputs")
+    for method in ("svd", "asvd", "svd_llm", "care", "care_c"):
+        care("convert", source, "--out", out, "--stats", stats, "--method", method, "--kv-save", 0.5, "--overwrite")
+    printed = care(
+        "convert",
+        source,
+        "--out",
+        out,
+        "--stats",
+        stats,
+        "--layout",
+        "split",
+        "--ranks",
+        "care",
+        "--rank",
+        16,
+        "--overwrite",
+    )
+    assert "50.0%" in printed
+    care(
+        "eval",
+        out,
+        "--text",
+        text_file,
+        "--seqlen",
+        32,
+        "--windows",
+        2,
+        "--reference",
+        source,
+        "--json",
+        tmp_path / "eval.json",
+    )
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["loss_increase"] == pytest.approx(result["loss"] - result["reference_loss"])
+    assert result["kl"] > 0 and 0 < result["top1_agreement"] <= 1
+    assert result["cache"]["elements_per_token"] * 2 == result["reference_cache"]["elements_per_token"]
+    (out / "care_report.html").unlink()
+    care("report", out)
+    page = (out / "care_report.html").read_text()
+    assert (
+        page.count("<svg") == 5
+        and f"{result['perplexity']:.3f}" in page
+        and "http://"
+        not in page.replace("http://www.w3.org", "")
+        .replace("http://purl.org", "")
+        .replace("http://creativecommons.org", "")
+    )
+    manifest = json.loads((out / "care_manifest.json").read_text())
+    assert manifest["plan"]["ranks"] == [layer["ranks"] for layer in manifest["layers"]]
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (out / "generation_config.json").is_file()
+
+
+@pytest.fixture
+def source(tiny: Callable[..., Path]) -> Path:
+    return tiny()
+
+
+def _config(source: Path, **changes: object) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+REFUSED = {
+    "no such source": (["convert", "/no/such/model", "--out", "OUT", "--rank", "4"], "does not exist"),
+    "no budget": (["convert", "SOURCE", "--out", "OUT"], "exactly one of --rank, --kv-save, --cache-elements"),
+    "rank too large": (["convert", "SOURCE", "--out", "OUT", "--rank", "33"], "outside 1..32"),
+    "all of the cache saved": (["convert", "SOURCE", "--out", "OUT", "--kv-save", "1"], "outside [0, 1)"),
+    "unknown method": (
+        ["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--method", "magic"],
+        "unknown method 'magic'",
+    ),
+    "unknown allocation": (
+        ["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--ranks", "magic"],
+        "unknown rank allocation",
+    ),
+    "unknown layout": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--layout", "magic"], "--layout 'magic'"),
+    "impossible bounds": (
+        ["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--ranks", "care", "--min-rank", "40", "--max-rank", "8"],
+        "rank bounds",
+    ),
+    "shrinkage": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--shrinkage", "2"], "--shrinkage"),
+    "absent text": (["calibrate", "SOURCE", "--out", "OUT", "--calibration", "/no/text.txt"], "neither a file nor"),
+    "absent statistics": (
+        ["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--stats", "/no/stats"],
+        "no stats.json",
+    ),
+    "out is the source": (
+        ["convert", "SOURCE", "--out", "SOURCE", "--rank", "4", "--overwrite"],
+        "would replace the source",
+    ),
+    "report of a source": (["report", "SOURCE"], "care_manifest.json"),
+    "long windows": (["eval", "SOURCE", "--text", "TEXT", "--seqlen", "100000"], "tokens, 8 windows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(care: Care, case: str, source: Path, tmp_path: Path, text_file: Path) -> None:
+    words, message = REFUSED[case]
+    names = {"SOURCE": source, "OUT": tmp_path / "out", "TEXT": text_file}
+    before = sorted(tmp_path.rglob("*"))
+    printed = care(*(names.get(word, word) for word in words), code=1)
+    assert message in printed and printed.count("\n") <= 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_usage_error(care: Care, source: Path) -> None:
+    assert "--out" in care("convert", source, code=2)
+
+
+def test_unknown_architecture(care: Care, source: Path, tmp_path: Path) -> None:
+    _config(source, model_type="mamba", architectures=["MambaForCausalLM"])
+    printed = care("convert", source, "--out", tmp_path / "out", "--rank", 4, code=1)
+    assert "MambaForCausalLM" in printed and "no family spec" in printed and not (tmp_path / "out").exists()
+
+
+def test_existing_out(care: Care, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    assert "--overwrite" in care("convert", source, "--out", out, "--rank", 4, code=1)
+    assert (out / "precious").read_text() == "kept"
+
+
+def test_statistics_of_another_model(
+    care: Care, source: Path, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    other = tiny(directory=tmp_path / "other", seed=9)
+    care("calibrate", other, "--out", tmp_path / "stats", "--calibration", text_file, "--samples", 2, "--seqlen", 32)
+    printed = care("convert", source, "--out", tmp_path / "out", "--rank", 4, "--stats", tmp_path / "stats", code=1)
+    assert "calibrated on another model" in printed and not (tmp_path / "out").exists()
+
+
+def test_non_finite_weights_name_the_layer(care: Care, source: Path, tmp_path: Path, text_file: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    printed = care(
+        "convert",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--rank",
+        4,
+        "--calibration",
+        text_file,
+        "--samples",
+        2,
+        "--seqlen",
+        32,
+        code=1,
+    )
+    assert "layer 2: non-finite activations" in printed and not (tmp_path / "out").exists()
+
+
+def test_missing_tensor(care: Care, source: Path, tmp_path: Path, text_file: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    printed = care(
+        "convert",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--rank",
+        4,
+        "--calibration",
+        text_file,
+        "--samples",
+        2,
+        "--seqlen",
+        32,
+        code=1,
+    )
+    assert "model.layers.1.self_attn.k_proj.weight" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(how: signal.Signals, source: Path, tmp_path: Path, text_file: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    process = subprocess.Popen(
+        [
+            *CARE,
+            "calibrate",
+            source,
+            "--out",
+            work / "out",
+            "--calibration",
+            text_file,
+            "--samples",
+            "100000",
+            "--seqlen",
+            "64",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(work.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert list(work.iterdir()) == []

@@ -1,0 +1,75 @@
+"""SmolLM2-135M-Instruct from source to measured conversion. Always runs; reference numbers where ../shared/data is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+import care_mla
+from care_mla.evaluation import measure_cache
+
+pytestmark = pytest.mark.xdist_group("real model")  # one process, so that the model is in memory once
+REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "one_shot.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "python.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def statistics(real_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("statistics") / "stats"
+    return care_mla.calibrate(real_model, out, calibration=str(text), samples=16)
+
+
+@torch.no_grad()
+def test_kv_parity_reproduces_the_logits(real_model: Path, statistics: Path, tmp_path: Path) -> None:
+    care_mla.convert(real_model, tmp_path / "full", stats=statistics, rank=192)
+    ids = torch.randint(100, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
+    expected = care_mla.load(real_model)(ids).logits
+    torch.testing.assert_close(care_mla.load(tmp_path / "full")(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_half_the_cache(real_model: Path, statistics: Path, text: Path, tmp_path: Path) -> None:
+    """Converted, loaded, measured on the live cache, and still a language model that generates."""
+    out = tmp_path / "half"
+    manifest = care_mla.convert(real_model, out, stats=statistics, kv_save=0.5, method="care", ranks="uniform")
+    assert manifest["kv_save"] == 0.5
+    result = care_mla.evaluate(out, str(text), reference=real_model, seqlen=256, windows=4)
+    assert result["cache"]["elements_per_token"] == 5760 and result["reference_cache"]["elements_per_token"] == 11520
+    assert 0 < result["loss_increase"] < 0.25 and result["top1_agreement"] > 0.7
+    model = care_mla.load(out)
+    usage = measure_cache(model, torch.arange(100, 140)[None])
+    assert usage.layer_widths == [192.0] * 30
+    assert (out / "care_report.html").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("layout", ["split", "joint"])
+def test_reference_perplexity(
+    layout: str, real_model: Path, shared_data: Path, tmp_path: Path, reference_statistics: Path
+) -> None:
+    """DESIGN's protocol: care, uniform, 50% saving, 8 x 512 tokens of the tokenised WikiText-2 test text."""
+    out = tmp_path / "out"
+    care_mla.convert(
+        real_model, out, stats=reference_statistics, layout=layout, method="care", ranks="uniform", kv_save=0.5
+    )
+    result = care_mla.evaluate(out, str(shared_data / "wikitext2" / "test.tokens.txt"))
+    assert result["perplexity"] == pytest.approx(REFERENCE["care"][layout]["0.5"], rel=0.005)
+
+
+@pytest.fixture(scope="module")
+def reference_statistics(real_model: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "stats"
+    return care_mla.calibrate(real_model, out, calibration=str(shared_data / "wikitext2" / "valid.tokens.txt"))
