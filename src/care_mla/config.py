@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_mla.errors import ConfigError
+from care_mla.methods import Weighting
 from care_mla.ranks.plan import Layout
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -40,6 +41,7 @@ class CalibrationSettings(Settings):
         field: field of records that holds the text.
         pack: windows at random positions of the joined text; otherwise one padded window a document.
         inputs: also collect the D x D input moment, for care_c.
+        fisher: also run a backward pass and collect Fisher statistics, for method fisher.
     """
 
     calibration: str = "self"
@@ -50,13 +52,14 @@ class CalibrationSettings(Settings):
     batch_size: int = Field(8, ge=1)
     pack: bool = True
     inputs: bool = False
+    fisher: bool = False
 
 
 class Recipe(Settings):
     """How the weights are converted.
 
     Attributes:
-        shrinkage: a of (1-a) C + a lambda I; the same for every method.
+        shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
         dtype: of the written factors; "auto" is the source's.
     """
 
@@ -70,4 +73,11 @@ class Recipe(Settings):
     max_rank: int | None = None
     rank_multiple: int = Field(1, ge=1)
     shrinkage: float = Field(0.01, ge=0.0, le=1.0)
+    fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
+    fisher_shrinkage: float = Field(0.02, gt=0.0, le=1.0)
     dtype: DType = "auto"
+
+    @property
+    def weighting(self) -> Weighting:
+        """The part that the methods take."""
+        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage)

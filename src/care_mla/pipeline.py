@@ -31,7 +31,7 @@ from care_mla.methods import get_method
 from care_mla.progress import Track, silent
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
 from care_mla.ranks.plan import BLOCKS, Layout
-from care_mla.stats import StatisticsStore, StatisticsWriter
+from care_mla.stats import LayerStatistics, StatisticsStore, StatisticsWriter
 
 MANIFEST = "care_manifest.json"
 SPECTRA = "care_spectra.safetensors"
@@ -220,7 +220,7 @@ def calibrate(
 def _write_statistics(
     source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
 ) -> None:
-    from care_mla.calibration import collect_moments, load_tokenizer, make_windows
+    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
@@ -231,10 +231,14 @@ def _write_statistics(
     model = load(source.directory, dtype=dtype, device=device)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    moments = collect_moments(
-        model, source.family, windows, with_inputs=settings.inputs, batch_size=settings.batch_size, track=track
-    )
+    options: dict[str, Any] = {"with_inputs": settings.inputs, "batch_size": settings.batch_size, "track": track}
     writer = StatisticsWriter(directory)
+    if settings.fisher:
+        moments, fisher = collect_fisher(model, source.family, windows, seed=settings.seed, **options)
+        for layer, layer_fisher in enumerate(fisher):
+            writer.write_fisher(layer, layer_fisher)
+    else:
+        moments = collect_moments(model, source.family, windows, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
     writer.write_metadata(
@@ -261,10 +265,15 @@ class LayerSpectra:
         self.directory = directory
         self.num_blocks = len(BLOCKS[recipe.layout])
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
+        self.means: list[Tensor | None] = []  # [layer]
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
         for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
-            metric = method.metric(statistics.layer(layer), source.stacked_weights(layer), recipe.shrinkage)
+            collected = LayerStatistics(
+                statistics.layer(layer), statistics.fisher(layer) if method.needs_fisher else None
+            )
+            metric = method.metric(collected, source.stacked_weights(layer), recipe.weighting)
+            self.means.append(metric.mean)
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
                 spectrum = decompose(part.second_moment, part.output_metric)
@@ -292,7 +301,11 @@ class LayerSpectra:
 
 def _require_recipe(source: Source, recipe: Recipe) -> Budget:
     """Everything about a recipe that can be refused before weights are read."""
-    get_method(recipe.method)
+    method = get_method(recipe.method)
+    if recipe.ranks == "fisher" and not method.needs_fisher:
+        raise ConfigError(
+            f"--ranks fisher spends the budget by predicted loss, which --method {recipe.method} does not know; use --ranks energy"
+        )
     budget = make_budget(
         source.geometry, recipe.layout, rank=recipe.rank, kv_save=recipe.kv_save, cache_elements=recipe.cache_elements
     )
@@ -369,8 +382,9 @@ def convert(
         raise ConfigError(
             "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
         )
+    method = get_method(chosen.method)
     settings: CalibrationSettings = CalibrationSettings.make(
-        **{"inputs": get_method(chosen.method).needs_inputs, **(calibration or {})}
+        **{"inputs": method.needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
     )
     out = Path(out)
     require_writable(out, overwrite)
@@ -393,7 +407,7 @@ def convert(
         layers = []
         for layer in track(range(opened.geometry.num_layers), "Writing layers", opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            writer.add_layer(layer, factors)
+            writer.add_layer(layer, factors, spectra.means[layer])
             layers.append(_layer_record(spectra, statistics, plan, layer, factors))
         writer.finish()
         save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
@@ -457,15 +471,20 @@ class _CheckpointBuilder:
                 tensor if self.keep_dtypes or not tensor.is_floating_point() else tensor.to(self.dtype),
             )
 
-    def add_layer(self, layer: int, factors: Sequence[Factors]) -> None:
+    def add_layer(self, layer: int, factors: Sequence[Factors], mean: Tensor | None) -> None:
         """The latent projections of one layer."""
         family = self.source.family
         _, k_bias = self.source.projection(layer, family.k_proj)
         _, v_bias = self.source.projection(layer, family.v_proj)
-        self.biases = (k_bias is not None, v_bias is not None)
         tensors = latent_tensors(
-            factors, self.source.stacked_weights(layer), layout=self.plan.layout, k_bias=k_bias, v_bias=v_bias
+            factors,
+            self.source.stacked_weights(layer),
+            layout=self.plan.layout,
+            k_bias=k_bias,
+            v_bias=v_bias,
+            mean=mean,
         )
+        self.biases = ("k_b_proj.bias" in tensors, "v_b_proj.bias" in tensors)
         for name, tensor in tensors.items():
             self.writer.add(f"{self.prefix}{family.attention_name(layer)}.{name}", tensor.to(self.dtype))
 
@@ -492,7 +511,14 @@ def _layer_record(
     """What the manifest says of one layer."""
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
-    k_error, v_error = relative_errors(factors, statistics.layer(layer).second_moment, layout=plan.layout)
+    moments = statistics.layer(layer)
+    k_error, v_error = relative_errors(
+        factors,
+        moments.second_moment,
+        layout=plan.layout,
+        plain_mean=moments.mean,
+        mean=spectra.means[layer],
+    )
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.linalg import decompose, truncate
-from care_mla.methods import METHODS, get_method
-from care_mla.stats import Moments
+from care_mla.methods import METHODS, Weighting, get_method
+from care_mla.stats import LayerStatistics, Moments
 
 D, M, TOKENS = 12, 8, 40
 
@@ -39,7 +39,7 @@ def _moments(x: Tensor) -> Moments:
 
 
 def _ours(name: str, x: Tensor, rank: int, shrinkage: float = 0.01) -> Tensor:
-    metric = METHODS[name].metric(_moments(x), W, shrinkage)
+    metric = METHODS[name].metric(LayerStatistics(_moments(x)), W, Weighting(shrinkage))
     return truncate(decompose(metric.second_moment, metric.output_metric), rank).projector() @ W
 
 
@@ -115,7 +115,7 @@ def test_full_shrinkage_is_plain_svd() -> None:
 
 def test_care_has_the_least_activation_error_of_all() -> None:
     x = _inputs("outliers")
-    errors = {name: float(((_ours(name, x, 3, 0.0) - W) @ x.T).pow(2).sum()) for name in METHODS if name != "svd_llm"}
+    errors = {name: float(((_ours(name, x, 3, 0.0) - W) @ x.T).pow(2).sum()) for name in LITERAL if name != "svd_llm"}
     assert min(errors, key=errors.__getitem__) == "care", errors
 
 
@@ -123,7 +123,7 @@ def test_care_c_without_inputs_says_what_to_do() -> None:
     moments = Moments.zeros(M, D)
     moments.update(_inputs("plain"), _inputs("plain") @ W.T)
     with pytest.raises(CalibrationError, match="--inputs"):
-        METHODS["care_c"].metric(moments, W, 0.01)
+        METHODS["care_c"].metric(LayerStatistics(moments), W, Weighting())
 
 
 def test_unknown_method_lists_the_known() -> None:

@@ -111,5 +111,5 @@ def test_nothing_left_to_explain_is_no_division_by_zero() -> None:
 
 
 def test_unknown_allocator() -> None:
-    with pytest.raises(ConfigError, match="uniform, care"):
+    with pytest.raises(ConfigError, match="uniform, care, energy, fisher"):
         allocate("magic", [_energies(4, 32)], make_budget(GEOMETRY, "joint", kv_save=0.5))

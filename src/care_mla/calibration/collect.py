@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from care_mla.calibration.corpus import TokenWindows
+from care_mla.calibration.corpus import Batch, TokenWindows
 from care_mla.errors import CalibrationError
 from care_mla.families import FamilySpec
 from care_mla.progress import Track, silent
-from care_mla.stats import Moments
+from care_mla.stats import FisherMoments, Moments
 
 
 class _LayerTap:
@@ -25,6 +25,10 @@ class _LayerTap:
         self.token_weight: Tensor | None = None  # [tokens], None when all count 1
         self.counted: Tensor | None = None  # [tokens] bool, None when all count
         self._keys: Tensor | None = None
+
+    def on_batch(self, counted: Tensor | None, token_weight: Tensor | None) -> None:
+        """What counts in the coming forward pass."""
+        self.counted, self.token_weight = counted, token_weight
 
     def on_keys(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         self._keys = _without_bias(output, module)
@@ -49,7 +53,7 @@ def _without_bias(output: Tensor, module: nn.Linear) -> Tensor:
 
 
 @contextmanager
-def _tapped(model: PreTrainedModel, family: FamilySpec, taps: list[_LayerTap]) -> Iterator[None]:
+def _tapped(model: PreTrainedModel, family: FamilySpec, taps: Sequence[_LayerTap]) -> Iterator[None]:
     handles = []
     try:
         for tap in taps:
@@ -60,6 +64,16 @@ def _tapped(model: PreTrainedModel, family: FamilySpec, taps: list[_LayerTap]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _announce(taps: Sequence[_LayerTap], batch: Batch, device: torch.device) -> None:
+    """Tell the taps which tokens of a batch count, and how much; None where all count once."""
+    counted = None if batch.is_full else batch.attention_mask.flatten().bool().to(device)
+    weights = batch.token_weight.flatten()
+    weights = weights if batch.is_full else weights[batch.attention_mask.flatten().bool()]
+    token_weight = None if bool((weights == 1).all()) else weights.to(device)
+    for tap in taps:
+        tap.on_batch(counted, token_weight)
 
 
 @torch.no_grad()
@@ -91,17 +105,141 @@ def collect_moments(
     decoder = model.get_decoder()  # without the language-model head: its logits are not needed
     with _tapped(model, family, taps):
         for batch in track(windows.batches(batch_size), "Collecting moments", -(-len(windows) // batch_size)):
-            full = bool(batch.attention_mask.all())
-            weights = batch.token_weight.flatten()
-            counted = None if full else batch.attention_mask.flatten().bool().to(model.device)
-            for tap in taps:
-                tap.counted = counted
-                tap.token_weight = (
-                    None if bool((weights == 1).all()) else (weights if full else weights[weights > 0]).to(model.device)
-                )
+            _announce(taps, batch, model.device)
             decoder(
                 input_ids=batch.input_ids.to(model.device),
-                attention_mask=None if full else batch.attention_mask.to(model.device),
+                attention_mask=batch.mask_or_none(model.device),
                 use_cache=False,
             )
     return [tap.moments for tap in taps]
+
+
+class _FisherTap(_LayerTap):
+    """Also feeds the gradients at the outputs, as they come back, into the layer's `FisherMoments`."""
+
+    def __init__(self, layer: int, moments: Moments, fisher: FisherMoments):
+        super().__init__(layer, moments)
+        self.fisher = fisher
+        self.recording = True  # off in the backward pass, where checkpointing runs the layers again
+        self._outputs: list[Tensor] = []
+        self._gradients: dict[str, Tensor] = {}
+
+    def on_keys(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        if self.recording:
+            super().on_keys(module, inputs, output.detach())
+            self._watch("k", output, module)
+
+    def on_values(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        if self.recording:
+            super().on_values(module, (inputs[0].detach(),), output.detach())
+            self._watch("v", output, module)
+
+    def _watch(self, name: str, output: Tensor, module: nn.Linear) -> None:
+        if not output.requires_grad:
+            raise CalibrationError(
+                f"layer {self.layer}: this model's forward cuts the gradient; method fisher cannot be used, choose --method care"
+            )
+        self._outputs.append(_without_bias(output.detach(), module))
+        output.register_hook(lambda gradient: self._receive(name, gradient))
+
+    def _receive(self, name: str, gradient: Tensor) -> None:
+        self._gradients[name] = gradient
+        if len(self._gradients) == 2:
+            y = torch.cat(self._outputs, dim=-1).flatten(0, 1)
+            g = torch.cat([self._gradients["k"], self._gradients["v"]], dim=-1).flatten(0, 1)
+            self._outputs, self._gradients = [], {}
+            if self.counted is not None:
+                y, g = y[self.counted], g[self.counted]
+            try:
+                self.fisher.update(y, g, self.moments.second_moment, self.token_weight)
+            except CalibrationError as error:
+                raise CalibrationError(
+                    f"layer {self.layer}: {error} at the keys and values; use --method care, or --dtype float32"
+                ) from error
+
+
+def _sampled_loss(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed cross entropy against labels drawn from the model's own prediction (the true Fisher, not the empirical one)."""
+    flat = logits.flatten(0, 1)[counted.flatten()].float()
+    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
+    return nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
+def collect_fisher(
+    model: PreTrainedModel,
+    family: FamilySpec,
+    windows: TokenWindows,
+    *,
+    seed: int = 42,
+    with_inputs: bool = False,
+    batch_size: int = 4,
+    track: Track = silent,
+) -> tuple[list[Moments], list[FisherMoments]]:
+    """Moments and Fisher statistics of every layer from one forward and backward pass.
+
+    Parameters get no gradients and layers are checkpointed: beyond the model, memory holds the layers' inputs, one layer's
+    activations and one batch of logits.
+
+    Args:
+        seed: of the sampled labels.
+
+    Raises:
+        CalibrationError: non-finite or zero gradients, with the layer named, or a forward that breaks autograd.
+    """
+    geometry = family.geometry(model.config.to_dict())
+    width = 2 * geometry.kv_width
+    taps = [
+        _FisherTap(
+            layer,
+            Moments.zeros(width, geometry.hidden_size, with_inputs=with_inputs, device=model.device),
+            FisherMoments.zeros(width, device=model.device),
+        )
+        for layer in range(geometry.num_layers)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad(), _tapped(model, family, taps), _differentiable(model, family):
+        for batch in track(windows.batches(batch_size), "Collecting Fisher statistics", -(-len(windows) // batch_size)):
+            _announce(taps, batch, model.device)
+            logits = model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.mask_or_none(model.device),
+                use_cache=False,
+            ).logits
+            for tap in taps:
+                tap.recording = False
+            try:
+                _sampled_loss(logits, batch.attention_mask.bool().to(model.device), generator).backward()
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise CalibrationError(
+                    f"the model's backward pass failed ({str(error).splitlines()[0]}); method fisher cannot be used, choose --method care"
+                ) from error
+            for tap in taps:
+                tap.recording = True
+    return [tap.moments for tap in taps], [tap.fisher for tap in taps]
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, family: FamilySpec) -> Iterator[None]:
+    """Frozen parameters, differentiable embeddings, checkpointed layers; everything as before afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = list(model.get_submodule(family.layers))
+    model.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_(True)
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = (
+            True  # the layer alone, so that it is checkpointed; its modules stay in evaluation, without dropout
+        )
+    try:
+        yield
+    finally:
+        handle.remove()
+        model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(True)

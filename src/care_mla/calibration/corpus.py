@@ -177,6 +177,15 @@ class Batch:
     attention_mask: Tensor
     token_weight: Tensor
 
+    @property
+    def is_full(self) -> bool:
+        """No padding."""
+        return bool(self.attention_mask.all())
+
+    def mask_or_none(self, device: torch.device) -> Tensor | None:
+        """The attention mask, or None where it would mask nothing."""
+        return None if self.is_full else self.attention_mask.to(device)
+
 
 @dataclass(frozen=True)
 class TokenWindows:

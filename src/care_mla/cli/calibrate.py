@@ -26,6 +26,10 @@ def calibrate(
     inputs: Annotated[
         bool | None, typer.Option("--inputs", help="Also collect D x D input moments, for method care_c.")
     ] = None,
+    fisher: Annotated[
+        bool | None,
+        typer.Option("--fisher", help="Also run a backward pass and collect Fisher statistics, for method fisher."),
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.DType = "auto",
     overwrite: options.Overwrite = False,
@@ -40,6 +44,7 @@ def calibrate(
         batch_size=batch_size,
         pack=pack,
         inputs=inputs,
+        fisher=fisher,
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
     show(f"statistics are in {out}")

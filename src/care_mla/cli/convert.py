@@ -66,6 +66,8 @@ def convert(
         max_rank=max_rank,
         rank_multiple=rank_multiple,
         shrinkage=shrinkage,
+        fisher_exponent=fisher_exponent,
+        fisher_shrinkage=fisher_shrinkage,
         dtype=dtype,
     )
     text = options.given(

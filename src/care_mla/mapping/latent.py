@@ -41,14 +41,20 @@ def latent_tensors(
     layout: Layout,
     k_bias: Float[Tensor, "n"] | None = None,
     v_bias: Float[Tensor, "n"] | None = None,
+    mean: Float[Tensor, "m"] | None = None,
 ) -> dict[str, Tensor]:
     """Weights of one converted attention module, by name.
 
     Args:
         factors: one for each block of the layout.
         W: stacked [W_K ; W_V], m = 2n, float64.
-        k_bias, v_bias: the source's; they apply after the rebuilding and stay as they are.
+        k_bias, v_bias: the source's; they apply after the rebuilding.
+        mean: mu of centred moments. y' = mu + P (y - mu), so (I - P) mu joins the biases: exact, and costs no cache.
     """
+    if mean is not None:
+        kept_keys, kept_values = constant_part(factors, mean, layout=layout).chunk(2)
+        k_bias = kept_keys if k_bias is None else k_bias.double() + kept_keys
+        v_bias = kept_values if v_bias is None else v_bias.double() + kept_values
     kv_width = len(W) // 2
     rows = split_blocks(layout, kv_width)
     down = torch.cat([factor.encode @ W[row] for factor, row in zip(factors, rows, strict=True)])
@@ -63,14 +69,39 @@ def latent_tensors(
     return tensors
 
 
-def relative_errors(
-    factors: Sequence[Factors], second_moment: Float[Tensor, "m m"], *, layout: Layout
-) -> tuple[float, float]:
-    """E||y - y'||^2 / E||y||^2 of the keys and of the values, on unshrunk moments: one yardstick for every method."""
-    kv_width = len(second_moment) // 2
-    error = torch.eye(len(second_moment), dtype=second_moment.dtype)
-    for factor, rows in zip(factors, split_blocks(layout, kv_width), strict=True):
+def reconstruction_error(factors: Sequence[Factors], width: int, *, layout: Layout) -> Float[Tensor, "m m"]:
+    """I - P, block by block: what a conversion loses of y is (I - P)(y - mu)."""
+    error = torch.eye(width, dtype=factors[0].up.dtype)
+    for factor, rows in zip(factors, split_blocks(layout, width // 2), strict=True):
         error[rows, rows] -= factor.projector()
-    lost, total = (error @ second_moment @ error.T).diagonal(), second_moment.diagonal()
-    keys, values = split_blocks("split", kv_width)
+    return error
+
+
+def constant_part(factors: Sequence[Factors], mean: Float[Tensor, "m"], *, layout: Layout) -> Float[Tensor, "m"]:
+    """(I - P) mu, the part of the mean that the latents do not carry."""
+    return reconstruction_error(factors, len(mean), layout=layout) @ mean
+
+
+def relative_errors(
+    factors: Sequence[Factors],
+    second_moment: Float[Tensor, "m m"],
+    *,
+    layout: Layout,
+    plain_mean: Float[Tensor, "m"] | None = None,
+    mean: Float[Tensor, "m"] | None = None,
+) -> tuple[float, float]:
+    """E||y - y'||^2 / E||y||^2 of the keys and of the values: one yardstick for every method.
+
+    Args:
+        second_moment, plain_mean: E[y y^T] and E[y], neither shrunk nor weighted.
+        mean: mu given back as a constant, if the conversion was centred.
+    """
+    deviation = second_moment
+    if mean is not None:
+        assert plain_mean is not None
+        cross = torch.outer(plain_mean, mean)
+        deviation = second_moment - cross - cross.T + torch.outer(mean, mean)
+    error = reconstruction_error(factors, len(second_moment), layout=layout)
+    lost, total = (error @ deviation @ error.T).diagonal(), second_moment.diagonal()
+    keys, values = split_blocks("split", len(second_moment) // 2)
     return float(lost[keys].sum() / total[keys].sum()), float(lost[values].sum() / total[values].sum())

@@ -1,18 +1,20 @@
-"""CARE-C: C in place of sqrt(C). The one method that needs input moments."""
+"""CARE-C: C in place of sqrt(C). The one method that needs input statistics.moments."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.linalg import shrink
-from care_mla.methods.registry import Metric, method, require_inputs
-from care_mla.stats import Moments
+from care_mla.methods.registry import Metric, Weighting, method, require_inputs
+from care_mla.stats import LayerStatistics
 
 
 @method("care_c", source="CARE App. I.8", needs_inputs=True)
-def care_c(moments: Moments, W: Float[Tensor, "m D"], shrinkage: float) -> Metric:
+def care_c(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = W C^2 W^T with C shrunk as in `care`."""
-    C = require_inputs(moments, "care_c")
-    C = shrink(C, moments.mean_input_energy * torch.eye(len(C), dtype=C.dtype, device=C.device), shrinkage)
+    C = require_inputs(statistics, "care_c")
+    C = shrink(
+        C, statistics.moments.mean_input_energy * torch.eye(len(C), dtype=C.dtype, device=C.device), weighting.shrinkage
+    )
     half = W @ C
     return Metric(half @ half.T)

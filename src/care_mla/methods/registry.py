@@ -9,23 +9,49 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError, ConfigError
-from care_mla.stats import Moments
+from care_mla.stats import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Options of the metrics.
+
+    Attributes:
+        shrinkage: a of (1-a) C + a lambda I, the same for every method.
+        fisher_exponent: p of the tempered metric G^p; 1 trusts the quadratic model of the loss, 0 ignores it.
+        fisher_shrinkage: of G, toward its mean eigenvalue.
+    """
+
+    shrinkage: float = 0.01
+    fisher_exponent: float = 0.5
+    fisher_shrinkage: float = 0.02
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What `linalg.decompose` takes: the (shrunk) second moment M and the output metric G (None: identity)."""
+    """What a layer's factorization minimizes.
+
+    Attributes:
+        second_moment: M [m, m], shrunk; of y, or of y - mean where a mean is given.
+        output_metric: G [m, m]; None is the identity.
+        mean: mu [m], given back as a constant bias of the rebuilt outputs (no cache); None: not centred.
+    """
 
     second_moment: Float[Tensor, "m m"]
     output_metric: Float[Tensor, "m m"] | None = None
+    mean: Float[Tensor, "m"] | None = None
 
     def block(self, rows: slice) -> Metric:
         """The metric of keys alone or values alone: the split layout factorizes diagonal blocks."""
-        metric = self.output_metric
-        return Metric(self.second_moment[rows, rows], None if metric is None else metric[rows, rows])
+        metric, mean = self.output_metric, self.mean
+        return Metric(
+            self.second_moment[rows, rows],
+            None if metric is None else metric[rows, rows],
+            None if mean is None else mean[rows],
+        )
 
 
-MetricFunction = Callable[[Moments, Float[Tensor, "m D"], float], Metric]
+MetricFunction = Callable[[LayerStatistics, Float[Tensor, "m D"], Weighting], Metric]
 
 
 @dataclass(frozen=True)
@@ -36,23 +62,27 @@ class Method:
         name: as on the command line.
         source: paper and equation.
         needs_inputs: whether calibration must collect the D x D input moment.
-        metric: (moments, W [m, D] float64, shrinkage) -> Metric.
+        needs_fisher: whether calibration must run a backward pass.
+        metric: (statistics, W [m, D] float64, weighting) -> Metric.
     """
 
     name: str
     source: str
     needs_inputs: bool
+    needs_fisher: bool
     metric: MetricFunction
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, source: str, needs_inputs: bool = False) -> Callable[[MetricFunction], MetricFunction]:
+def method(
+    name: str, *, source: str, needs_inputs: bool = False, needs_fisher: bool = False
+) -> Callable[[MetricFunction], MetricFunction]:
     """Register a metric function under a name."""
 
     def register(function: MetricFunction) -> MetricFunction:
-        METHODS[name] = Method(name, source, needs_inputs, function)
+        METHODS[name] = Method(name, source, needs_inputs, needs_fisher, function)
         return function
 
     return register
@@ -69,12 +99,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def require_inputs(moments: Moments, name: str) -> Float[Tensor, "D D"]:
+def require_inputs(statistics: LayerStatistics, name: str) -> Float[Tensor, "D D"]:
     """The input second moment C = E[x x^T].
 
     Raises:
         CalibrationError: it was not collected.
     """
+    moments = statistics.moments
     if moments.input_second is None:
         raise CalibrationError(f"method {name} needs the input second moment; calibrate with `--inputs`")
     return moments.input_second / moments.weight

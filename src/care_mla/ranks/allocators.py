@@ -82,11 +82,30 @@ def care(energies: Sequence[Energies], budget: Budget, bounds: Bounds) -> list[l
     return [greedy(block, budget.elements // budget.num_blocks, bounds, share_of_residual) for block in energies]
 
 
+def lost_energy(energies: Float[Tensor, "n"], rank: int, step: int) -> float:
+    """Energy that the next `step` ranks save."""
+    return float(energies[rank : rank + step].sum())
+
+
+def energy(energies: Sequence[Energies], budget: Budget, bounds: Bounds) -> list[list[int]]:
+    """Minimize the sum of all dropped energies at the total budget, latents of all layers and blocks against each other.
+
+    Exact: energies descend, so every latent's residual is convex in its rank and the greedy choice is optimal.
+    """
+    flat = [layer for block in energies for layer in block]
+    ranks = greedy(flat, budget.elements, bounds, lost_energy)
+    layers = budget.geometry.num_layers
+    return [ranks[start : start + layers] for start in range(0, len(ranks), layers)]
+
+
 ALLOCATORS: dict[str, Callable[[Sequence[Energies], Budget, Bounds], list[list[int]]]] = {
     "uniform": uniform,
     "care": care,
+    "energy": energy,
+    "fisher": energy,
 }
-"""name -> (energies [block][layer], budget, bounds) -> ranks [block][layer]."""
+"""name -> (energies [block][layer], budget, bounds) -> ranks [block][layer]. `energy` and `fisher` are one rule on the spectra
+of different metrics: output energy (any method), predicted loss increase (method fisher alone)."""
 
 
 def check_allocation(

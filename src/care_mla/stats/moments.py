@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,40 @@ from torch import Tensor
 
 from care_mla.errors import CalibrationError
 
+Sums = TypeVar("Sums", bound="MergeableSums")
+
 
 @dataclass
-class Moments:
+class MergeableSums:
+    """Sums that merge by addition."""
+
+    def merge(self: Sums, other: Sums, scale: float = 1.0) -> Sums:
+        """Sums of both; `other` weighted by `scale` (its token count is not).
+
+        Raises:
+            CalibrationError: one holds a sum that the other lacks.
+        """
+        merged: dict[str, Any] = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (theirs is None):
+                raise CalibrationError(f"cannot merge statistics: only one of them holds {field.name}")
+            factor = 1.0 if field.name == "num_tokens" else scale
+            merged[field.name] = None if mine is None else mine + factor * theirs
+        return type(self)(**merged)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Named tensors for safetensors; an absent sum is left out."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    @classmethod
+    def from_tensors(cls: type[Sums], tensors: dict[str, Tensor]) -> Sums:
+        """Inverse of `to_tensors`."""
+        return cls(**{field.name: tensors[field.name] for field in fields(cls) if field.name in tensors})
+
+
+@dataclass
+class Moments(MergeableSums):
     """Weighted sums over tokens, float64. y = [W_K x ; W_V x] without biases, before QK-norm and RoPE.
 
     Sums, not means, so that batches, corpora and processes merge by addition in any order.
@@ -86,17 +117,6 @@ class Moments:
         if not bool(torch.isfinite(self.output_second.diagonal()).all() & torch.isfinite(self.input_energy)):
             raise CalibrationError("non-finite activations")
 
-    def merge(self, other: Moments, scale: float = 1.0) -> Moments:
-        """Sums of both; `other` weighted by `scale` (its token count is not)."""
-        merged: dict[str, Any] = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if (mine is None) != (theirs is None):
-                raise CalibrationError(f"cannot merge moments: only one of them holds {field.name}")
-            factor = 1.0 if field.name == "num_tokens" else scale
-            merged[field.name] = None if mine is None else mine + factor * theirs
-        return Moments(**merged)
-
     @property
     def second_moment(self) -> Float[Tensor, "m m"]:
         """E[y y^T]."""
@@ -111,12 +131,3 @@ class Moments:
     def mean_input_energy(self) -> float:
         """lambda = E||x||^2 / D, the mean diagonal of the input second moment C."""
         return float(self.input_energy / self.weight) / len(self.input_magnitude)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Named tensors for safetensors; an absent input moment is left out."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Moments:
-        """Inverse of `to_tensors`."""
-        return cls(**{field.name: tensors[field.name] for field in fields(cls) if field.name in tensors})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from care_mla.errors import CalibrationError
+from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
 
 FORMAT = "care-mla statistics 1"
@@ -17,6 +20,18 @@ FORMAT = "care-mla statistics 1"
 
 def _layer_file(directory: Path, layer: int) -> Path:
     return directory / f"layer_{layer:04d}.safetensors"
+
+
+def _fisher_file(directory: Path, layer: int) -> Path:
+    return directory / f"fisher_{layer:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a method may use of one layer; `fisher` only where it was collected and asked for."""
+
+    moments: Moments
+    fisher: FisherMoments | None = None
 
 
 class StatisticsWriter:
@@ -29,6 +44,12 @@ class StatisticsWriter:
         """One layer's moments."""
         save_file(
             {name: t.contiguous().cpu() for name, t in moments.to_tensors().items()}, _layer_file(self.directory, layer)
+        )
+
+    def write_fisher(self, layer: int, fisher: FisherMoments) -> None:
+        """One layer's Fisher statistics."""
+        save_file(
+            {name: t.contiguous().cpu() for name, t in fisher.to_tensors().items()}, _fisher_file(self.directory, layer)
         )
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
@@ -62,10 +83,24 @@ class StatisticsStore:
         Raises:
             CalibrationError: missing or damaged file.
         """
-        path = _layer_file(self.directory, layer)
+        return Moments.from_tensors(self._load(_layer_file(self.directory, layer), layer))
+
+    def fisher(self, layer: int) -> FisherMoments:
+        """Fisher statistics of one layer.
+
+        Raises:
+            CalibrationError: not collected, or a damaged file.
+        """
+        if not _fisher_file(self.directory, 0).is_file():
+            raise CalibrationError(
+                f"{self.directory} holds no Fisher statistics; collect them with `care calibrate --fisher`, or choose --method care"
+            )
+        return FisherMoments.from_tensors(self._load(_fisher_file(self.directory, layer), layer))
+
+    def _load(self, path: Path, layer: int) -> dict[str, Tensor]:
         try:
-            return Moments.from_tensors(load_file(path))
-        except (FileNotFoundError, SafetensorError, TypeError) as error:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError) as error:
             raise CalibrationError(
                 f"statistics of layer {layer} cannot be read from {path} ({error}); run `care calibrate` again"
             ) from error

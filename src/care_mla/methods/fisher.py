@@ -1,0 +1,34 @@
+"""Fisher: keep the directions that the loss would miss, not those in which the outputs are large."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from care_mla.errors import CalibrationError
+from care_mla.linalg import shrink, shrink_to_isotropic, symmetric_power
+from care_mla.methods.registry import Metric, Weighting, method
+from care_mla.stats import LayerStatistics
+
+
+@method("fisher", source="loss-aware metric, see docs/method.md", needs_fisher=True)
+def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
+    """M = second moment of y - mu, G = tempered second moment of the loss gradients at y.
+
+    G is scaled to mean eigenvalue 1 before the power and back after it, so that energies of different layers stay
+    comparable. The mean is taken out before shrinkage: shrinking first would leave M indefinite along mu.
+
+    Raises:
+        CalibrationError: no Fisher statistics.
+    """
+    collected = statistics.fisher
+    if collected is None:
+        raise CalibrationError(
+            "method fisher needs Fisher statistics; calibrate with `--fisher`, or choose --method care"
+        )
+    mean = collected.mean
+    centred = collected.second_moment - torch.outer(mean, mean)
+    second_moment = shrink(centred, statistics.moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
+    scale = collected.metric.diagonal().mean()
+    damped = shrink_to_isotropic(collected.metric / scale, weighting.fisher_shrinkage)
+    metric = scale * symmetric_power(damped, weighting.fisher_exponent, name="the Fisher metric G")
+    return Metric(second_moment, metric, mean)
