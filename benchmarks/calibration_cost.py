@@ -1,4 +1,4 @@
-"""Time and memory of a forward-only calibration against the bare forward passes, alternating in one process.
+"""Time and memory of calibration against the bare forward passes, in one process: forward-only (alternating), then with Fisher.
 
     python benchmarks/calibration_cost.py --model build/smollm2-135m --text ../shared/data/wikitext2/valid.tokens.txt
 
@@ -18,7 +18,7 @@ import torch
 from rich import print as show
 
 import care_mla
-from care_mla.calibration import collect_moments, load_tokenizer, make_windows
+from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows
 from care_mla.cli import quiet_libraries
 from care_mla.pipeline import open_source, versions, write_json
 
@@ -56,11 +56,16 @@ def main() -> None:
             work()
             seconds[name].append(time.perf_counter() - start)
             peaks[name] = _peak_gigabytes()
+    start = time.perf_counter()
+    collect_fisher(model, source.family, windows)
+    seconds["fisher"] = [time.perf_counter() - start]
+    peaks["fisher"] = _peak_gigabytes()
     ratio = statistics.median(c / b for b, c in zip(seconds["bare"], seconds["calibrate"], strict=True))
     result = {
         "tokens": windows.num_tokens,
         "seconds": seconds,
         "median_ratio": ratio,
+        "fisher_ratio": seconds["fisher"][0] / statistics.median(seconds["calibrate"]),
         "peak_gigabytes": peaks,
         "model_gigabytes": model_bytes / 1e9,
         "versions": versions(),

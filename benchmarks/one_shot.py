@@ -32,6 +32,10 @@ RECIPES = [
     ("asvd", "joint", "uniform"),
     ("care", "joint", "uniform"),
     ("care", "joint", "care"),
+    ("care", "joint", "energy"),
+    ("fisher", "split", "fisher"),
+    ("fisher", "joint", "uniform"),
+    ("fisher", "joint", "fisher"),
 ]
 BUDGETS = (0.5, 0.75, 0.875)
 TEXTS = {"tokens": "wikitext2/test.tokens.txt", "raw": "wikitext2/test.raw.txt"}

@@ -59,13 +59,14 @@ class Recipe(Settings):
     """How the weights are converted.
 
     Attributes:
+        ranks: allocator; None is `fisher` for method fisher, else `uniform`.
         shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
         dtype: of the written factors; "auto" is the source's.
     """
 
     layout: Layout = "joint"
-    method: str = "care"
-    ranks: str = "uniform"
+    method: str = "fisher"
+    ranks: str | None = None
     rank: int | None = None
     kv_save: float | None = None
     cache_elements: int | None = None
@@ -76,6 +77,11 @@ class Recipe(Settings):
     fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, gt=0.0, le=1.0)
     dtype: DType = "auto"
+
+    @property
+    def allocator(self) -> str:
+        """The allocator in force: the best known one for the method where none was named."""
+        return self.ranks or ("fisher" if self.method == "fisher" else "uniform")
 
     @property
     def weighting(self) -> Weighting:

@@ -302,7 +302,7 @@ class LayerSpectra:
 def _require_recipe(source: Source, recipe: Recipe) -> Budget:
     """Everything about a recipe that can be refused before weights are read."""
     method = get_method(recipe.method)
-    if recipe.ranks == "fisher" and not method.needs_fisher:
+    if recipe.allocator == "fisher" and not method.needs_fisher:
         raise ConfigError(
             f"--ranks fisher spends the budget by predicted loss, which --method {recipe.method} does not know; use --ranks energy"
         )
@@ -310,14 +310,14 @@ def _require_recipe(source: Source, recipe: Recipe) -> Budget:
         source.geometry, recipe.layout, rank=recipe.rank, kv_save=recipe.kv_save, cache_elements=recipe.cache_elements
     )
     check_allocation(
-        recipe.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
+        recipe.allocator, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
     )
     return budget
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
     return allocate(
-        recipe.ranks,
+        recipe.allocator,
         spectra.energies,
         budget,
         min_rank=recipe.min_rank,
@@ -419,7 +419,7 @@ def convert(
                 "model_type": opened.family.model_type,
                 "geometry": opened.geometry.to_dict(),
             },
-            "recipe": chosen.model_dump(),
+            "recipe": {**chosen.model_dump(), "ranks": chosen.allocator},
             "plan": plan.to_dict(),
             "cache_elements_per_token": plan.cache_elements_per_token,
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,

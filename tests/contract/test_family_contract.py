@@ -112,6 +112,10 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
         attention = edited.model.layers[layer].self_attn
         attention.k_proj.weight.copy_(k_up @ down[: k_up.shape[1]])
         attention.v_proj.weight.copy_(v_up @ down[-v_up.shape[1] :])
+        for projection, name in ((attention.k_proj, "k_b_proj"), (attention.v_proj, "v_b_proj")):
+            projection.bias = torch.nn.Parameter(
+                written[f"{prefix}{name}.bias"]
+            )  # the source's, and what centring gives back
     ids = _ids(2, 24)
     torch.testing.assert_close(care_mla.load(out)(ids).logits, edited(ids).logits, **TOLERANCE)
 
@@ -120,7 +124,7 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
 def test_reload_equals_original_and_cache_holds_latents_only(
     family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
-    out = _convert(tiny(family), tmp_path / "out", text_file, kv_save=0.6, layout=layout, ranks="care", min_rank=1)
+    out = _convert(tiny(family), tmp_path / "out", text_file, kv_save=0.6, layout=layout, min_rank=1)
     converted = care_mla.load(out)
     converted.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -135,7 +139,7 @@ def test_reload_equals_original_and_cache_holds_latents_only(
 def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     """Everything but the key and value projections is copied bit for bit under its own name."""
     source = tiny(family)
-    out = _convert(source, tmp_path / "out", text_file, kv_save=0.5)
+    out = _convert(source, tmp_path / "out", text_file, kv_save=0.5, method="care")
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     kept = {name for name in before if ".k_proj." not in name and ".v_proj." not in name}
     assert {f"language_model.{name}" for name in kept} == {

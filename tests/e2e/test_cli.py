@@ -46,8 +46,21 @@ def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     source, stats, out = tiny("qwen3"), tmp_path / "stats", tmp_path / "out"
     assert "QK-norm" in care("inspect", source)
-    care("calibrate", source, "--out", stats, "--calibration", text_file, "--samples", 8, "--seqlen", 32, "--inputs")
-    for method in ("svd", "asvd", "svd_llm", "care", "care_c"):
+    care(
+        "calibrate",
+        source,
+        "--out",
+        stats,
+        "--calibration",
+        text_file,
+        "--samples",
+        8,
+        "--seqlen",
+        32,
+        "--inputs",
+        "--fisher",
+    )
+    for method in ("svd", "asvd", "svd_llm", "care", "care_c", "fisher"):
         care("convert", source, "--out", out, "--stats", stats, "--method", method, "--kv-save", 0.5, "--overwrite")
     printed = care(
         "convert",
@@ -58,6 +71,8 @@ def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, te
         stats,
         "--layout",
         "split",
+        "--method",
+        "care",
         "--ranks",
         "care",
         "--rank",

@@ -143,7 +143,9 @@ def test_converted_weights_are_plain_safetensors(tmp_path: Path, tiny: Callable[
     import care_mla
 
     out = tmp_path / "converted"
-    care_mla.convert(tiny(), out, rank=8, calibration={"calibration": str(text_file), "samples": 4, "seqlen": 32})
+    care_mla.convert(
+        tiny(), out, rank=8, ranks="uniform", calibration={"calibration": str(text_file), "samples": 4, "seqlen": 32}
+    )
     assert load_file(out / "model.safetensors")["language_model.model.layers.2.self_attn.kv_a_proj.weight"].shape == (
         16,
         48,

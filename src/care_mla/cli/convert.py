@@ -24,8 +24,11 @@ def convert(
         Path | None, typer.Option("--stats", help="Statistics of `care calibrate`; otherwise calibrate now.")
     ] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="split or joint latent.  [default: joint]")] = None,
-    method: Annotated[str | None, typer.Option("--method", help=f"{', '.join(METHODS)}.  [default: care]")] = None,
-    ranks: Annotated[str | None, typer.Option("--ranks", help=f"{', '.join(ALLOCATORS)}.  [default: uniform]")] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"{', '.join(METHODS)}.  [default: fisher]")] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option("--ranks", help=f"{', '.join(ALLOCATORS)}.  [default: fisher for method fisher, else uniform]"),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="The paper's r, for K and for V; a joint latent gets 2r.")
     ] = None,
@@ -40,6 +43,12 @@ def convert(
     ] = None,
     shrinkage: Annotated[
         float | None, typer.Option("--shrinkage", help="Share of isotropic noise mixed into C.  [default: 0.01]")
+    ] = None,
+    fisher_exponent: Annotated[
+        float | None, typer.Option("--fisher-exponent", help="p of the tempered Fisher metric G^p.  [default: 0.5]")
+    ] = None,
+    fisher_shrinkage: Annotated[
+        float | None, typer.Option("--fisher-shrinkage", help="Share of isotropic noise mixed into G.  [default: 0.02]")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the written weights.  [default: the source's]")
