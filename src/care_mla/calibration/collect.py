@@ -229,7 +229,10 @@ def _differentiable(model: PreTrainedModel, family: FamilySpec) -> Iterator[None
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The names changed within transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
     for layer in layers:
         layer.training = (
             True  # the layer alone, so that it is checkpointed; its modules stay in evaluation, without dropout
@@ -238,7 +241,7 @@ def _differentiable(model: PreTrainedModel, family: FamilySpec) -> Iterator[None
         yield
     finally:
         handle.remove()
-        model.gradient_checkpointing_disable()
+        disable()
         for layer in layers:
             layer.training = False
         for parameter in trainable:

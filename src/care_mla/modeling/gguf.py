@@ -20,9 +20,12 @@ def gguf_to_directory(file: Path, out: Path, *, overwrite: bool = False) -> None
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist")
     try:
-        import gguf  # noqa: F401  (transformers needs it)
+        import accelerate  # noqa: F401  (transformers needs both)
+        import gguf  # noqa: F401
     except ImportError as error:
-        raise CheckpointError("reading a GGUF file needs the `gguf` package: pip install 'care-mla[gguf]'") from error
+        raise CheckpointError(
+            "reading a GGUF file needs the packages gguf and accelerate: pip install 'care-mla[gguf]'"
+        ) from error
     with atomic_directory(out, overwrite=overwrite, needed_bytes=8 * file.stat().st_size) as staging:
         try:
             quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
