@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="HF directory of the source model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kv-save", type=float, default=0.5)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_args()
 
     quiet_libraries()

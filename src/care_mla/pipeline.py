@@ -231,14 +231,16 @@ def _write_statistics(
     model = load(source.directory, dtype=dtype, device=device)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    options: dict[str, Any] = {"with_inputs": settings.inputs, "batch_size": settings.batch_size, "track": track}
+    options: dict[str, Any] = {"with_inputs": settings.inputs, "track": track}
     writer = StatisticsWriter(directory)
-    if settings.fisher:
-        moments, fisher = collect_fisher(model, source.family, windows, seed=settings.seed, **options)
+    if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
+        moments, fisher = collect_fisher(
+            model, source.family, windows, seed=settings.seed, batch_size=max(1, settings.batch_size // 2), **options
+        )
         for layer, layer_fisher in enumerate(fisher):
             writer.write_fisher(layer, layer_fisher)
     else:
-        moments = collect_moments(model, source.family, windows, **options)
+        moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
     writer.write_metadata(

@@ -161,7 +161,11 @@ class _FisherTap(_LayerTap):
 def _sampled_loss(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
     """Summed cross entropy against labels drawn from the model's own prediction (the true Fisher, not the empirical one)."""
     flat = logits.flatten(0, 1)[counted.flatten()].float()
-    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(flat.device)
+    cumulative = (
+        flat.detach().softmax(-1).cumsum(-1)
+    )  # inversion: torch.multinomial draws a variate for every vocabulary entry
+    drawn = torch.rand(len(flat), 1, generator=generator).to(flat.device) * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
     return nn.functional.cross_entropy(flat, labels, reduction="sum")
 
 

@@ -68,21 +68,24 @@ class FisherMoments(MergeableSums):
         Raises:
             CalibrationError: non-finite gradients, or all of them zero.
         """
-        y, g = outputs.double(), gradients.double()
+        # Batch products in the activations' own precision (at least float32), sums in float64: the sums are a metric whose
+        # eigenvalues are damped by percents, and float64 products would cost as much as a forward pass.
+        precision = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        y, g = outputs.to(precision), gradients.to(precision)
         norms = g.square().sum(1).sqrt()
         total = float(norms.sum())
         if not total > 0 or total == float("inf"):
             raise CalibrationError("gradients are all zero" if total == 0 else "non-finite gradients")
-        inverse = torch.linalg.inv(shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE))
+        inverse = torch.linalg.inv(shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)).to(precision)
         leverage = ((y @ inverse) * y).sum(1)
         if token_weight is not None:
-            norms, leverage = norms * token_weight, leverage * token_weight
+            norms, leverage = norms * token_weight.to(precision), leverage * token_weight.to(precision)
         self.num_tokens += len(y)
         self.output_weight += norms.sum()
         self.output_sum += norms @ y
-        self.output_second.addmm_((y * norms[:, None]).T, y)
+        self.output_second += (y * norms[:, None]).T @ y
         self.gradient_weight += leverage.sum()
-        self.gradient_second.addmm_((g * leverage[:, None]).T, g)
+        self.gradient_second += (g * leverage[:, None]).T @ g
 
     @property
     def second_moment(self) -> Float[Tensor, "m m"]:
