@@ -26,13 +26,17 @@ class HubCorpus:
     calibration_split: str
     evaluation_split: str
     streaming: bool = False
+    revision: str | None = None
 
 
 HUB_CORPORA = {
     "alpaca": HubCorpus("tatsu-lab/alpaca", None, None, "train", "train"),
     "wikitext2": HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
     "c4": HubCorpus("allenai/c4", "en", "text", "train", "validation", streaming=True),
-    "ptb": HubCorpus("FALcon6/ptb_text_only", None, "sentence", "train", "test"),
+    # A script repository; `datasets` no longer runs scripts, so the hub's own parquet conversion is read.
+    "ptb": HubCorpus(
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "train", "test", revision="refs/convert/parquet"
+    ),
 }
 MAX_DOCUMENTS = 5000
 """Documents taken from a streamed corpus."""
@@ -132,7 +136,9 @@ def load_documents(name: str, *, field: str | None = None, evaluation: bool = Fa
     elif name in HUB_CORPORA:
         corpus = HUB_CORPORA[name]
         split = corpus.evaluation_split if evaluation else corpus.calibration_split
-        records = _hub_dataset(corpus.path, name=corpus.name, split=split, streaming=corpus.streaming)
+        records = _hub_dataset(
+            corpus.path, name=corpus.name, split=split, streaming=corpus.streaming, revision=corpus.revision
+        )
         taken = (
             (record for record, _ in zip(records, range(MAX_DOCUMENTS), strict=False)) if corpus.streaming else records
         )

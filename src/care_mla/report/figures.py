@@ -51,8 +51,8 @@ def rank_profile(ranks: Sequence[Sequence[int]], blocks: Sequence[str], parity: 
             axes.bar(layers, heights, bottom=below, color=COLORS[block], label=BLOCK_NAMES[block], width=0.8)
             below = [b + h for b, h in zip(below, heights, strict=True)]
         axes.axhline(parity, color="#6b7280", linestyle="--", linewidth=1, label="unconverted cache")
-        axes.set(xlabel="layer", ylabel="cached elements per token")
-        axes.legend(loc="center right", fontsize=8)
+        axes.set(xlabel="layer", ylabel="cached elements per token", ylim=(0, 1.3 * parity))
+        axes.legend(loc="upper right", ncols=3, fontsize=8)
 
     return _svg(draw)
 
@@ -109,7 +109,7 @@ def cache_by_layer(converted: Sequence[float], original: Sequence[float] | None,
         if original is not None:
             axes.bar(layers, [w * element_bytes for w in original], color="#d1d5db", label="original", width=0.8)
         axes.bar(layers, [w * element_bytes for w in converted], color="#0f766e", label="converted", width=0.8)
-        axes.set(xlabel="layer", ylabel="bytes per token")
-        axes.legend(fontsize=8)
+        axes.set(xlabel="layer", ylabel="bytes per token", ylim=(0, 1.3 * element_bytes * max(original or converted)))
+        axes.legend(loc="upper right", ncols=2, fontsize=8)
 
     return _svg(draw)
