@@ -25,7 +25,8 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python examples/demo.py --model $(MODEL) --out build/demo
 
 test: lint $(MODEL)/config.json
-	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --ignore tests/e2e/test_real_model.py
+	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/e2e/test_real_model.py  # alone: it uses all cores itself
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ import torch
 import care_mla
 from care_mla.evaluation import measure_cache
 
-pytestmark = pytest.mark.xdist_group("real model")  # one process, so that the model is in memory once
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "one_shot.json").read_text())
 
 
