@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from care_mla.cli import main
 
@@ -195,48 +196,27 @@ def test_statistics_of_another_model(
     assert "calibrated on another model" in printed and not (tmp_path / "out").exists()
 
 
-def test_non_finite_weights_name_the_layer(care: Care, source: Path, tmp_path: Path, text_file: Path) -> None:
-    tensors = load_file(source / "model.safetensors")
+def _overflow(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    printed = care(
-        "convert",
-        source,
-        "--out",
-        tmp_path / "out",
-        "--rank",
-        4,
-        "--calibration",
-        text_file,
-        "--samples",
-        2,
-        "--seqlen",
-        32,
-        code=1,
-    )
-    assert "layer 2: non-finite activations" in printed and not (tmp_path / "out").exists()
 
 
-def test_missing_tensor(care: Care, source: Path, tmp_path: Path, text_file: Path) -> None:
-    tensors = load_file(source / "model.safetensors")
+def _lose(tensors: dict[str, Tensor]) -> None:
     del tensors["model.layers.1.self_attn.k_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_overflow, "layer 2: non-finite activations"), (_lose, "model.layers.1.self_attn.k_proj.weight")],
+)
+def test_damaged_weights_are_named(
+    damage: Callable[[dict[str, Tensor]], None], message: str, care: Care, source: Path, tmp_path: Path, text_file: Path
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    damage(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    printed = care(
-        "convert",
-        source,
-        "--out",
-        tmp_path / "out",
-        "--rank",
-        4,
-        "--calibration",
-        text_file,
-        "--samples",
-        2,
-        "--seqlen",
-        32,
-        code=1,
-    )
-    assert "model.layers.1.self_attn.k_proj.weight" in printed and not (tmp_path / "out").exists()
+    text = ["--calibration", text_file, "--samples", 2, "--seqlen", 32]
+    printed = care("convert", source, "--out", tmp_path / "out", "--rank", 4, *text, code=1)
+    assert message in printed and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -111,11 +111,6 @@ class CheckpointReader:
         """One tensor, or None where the checkpoint has none of that name."""
         return self[name] if name in self._shard_of else None
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape without reading the data."""
-        with safe_open(self.directory / self._shard_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
     @property
     def num_bytes(self) -> int:
         """Size of all shards on disk."""

@@ -53,7 +53,7 @@ def atomic_directory(out: Path, *, overwrite: bool = False, needed_bytes: int = 
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if needed_bytes > free:
-        raise CheckpointError(f"{out.parent} has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed")
+        raise CheckpointError(f"{out.parent} has {free / 1e6:,.1f} MB free, {needed_bytes / 1e6:,.1f} MB are needed")
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         staging.chmod(0o755)
