@@ -161,9 +161,8 @@ class _FisherTap(_LayerTap):
 def _sampled_loss(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
     """Summed cross entropy against labels drawn from the model's own prediction (the true Fisher, not the empirical one)."""
     flat = logits.flatten(0, 1)[counted.flatten()].float()
-    cumulative = (
-        flat.detach().softmax(-1).cumsum(-1)
-    )  # inversion: torch.multinomial draws a variate for every vocabulary entry
+    # By inversion: torch.multinomial would draw a variate for every entry of the vocabulary.
+    cumulative = flat.detach().softmax(-1).cumsum(-1)
     drawn = torch.rand(len(flat), 1, generator=generator).to(flat.device) * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
     return nn.functional.cross_entropy(flat, labels, reduction="sum")
