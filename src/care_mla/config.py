@@ -13,6 +13,10 @@ from care_mla.ranks.plan import Layout
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+REFIT_FROM = 0.65
+"""KV saving from which the output projections are refitted by default (docs/fisher.md: no gain at 50%, up to a third at 75%)."""
+
+
 class Settings(BaseModel):
     """Frozen, no unknown names."""
 
@@ -61,6 +65,10 @@ class Recipe(Settings):
     Attributes:
         ranks: allocator; None is `fisher` for method fisher, else `uniform`.
         shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
+        refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
+            to help, for method fisher from `REFIT_FROM` saving on.
+        refit_tokens: calibration tokens that the refit reads.
+        refit_ridge: see `linalg.ridge_refit`.
         dtype: of the written factors; "auto" is the source's.
     """
 
@@ -76,7 +84,14 @@ class Recipe(Settings):
     shrinkage: float = Field(0.01, ge=0.0, le=1.0)
     fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, gt=0.0, le=1.0)
+    refit: bool | None = None
+    refit_tokens: int = Field(8192, ge=1)
+    refit_ridge: float = Field(0.1, gt=0.0)
     dtype: DType = "auto"
+
+    def refits(self, kv_save: float) -> bool:
+        """Whether output projections are refitted at this saving."""
+        return self.refit if self.refit is not None else self.method == "fisher" and kv_save >= REFIT_FROM
 
     @property
     def allocator(self) -> str:

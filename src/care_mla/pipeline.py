@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,12 +26,15 @@ from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
-from care_mla.mapping import EXPRESSES, latent_tensors, relative_errors, split_blocks
+from care_mla.mapping import EXPRESSES, dense_projections, latent_tensors, relative_errors, split_blocks
 from care_mla.methods import get_method
 from care_mla.progress import Track, silent
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
 from care_mla.ranks.plan import BLOCKS, Layout
 from care_mla.stats import LayerStatistics, StatisticsStore, StatisticsWriter
+
+if TYPE_CHECKING:
+    from care_mla.calibration import Propagation
 
 MANIFEST = "care_manifest.json"
 SPECTRA = "care_spectra.safetensors"
@@ -65,6 +68,16 @@ class Source:
         """W = [W_K ; W_V], [2n, D] float64."""
         return torch.cat(
             [self.projection(layer, name)[0].double() for name in (self.family.k_proj, self.family.v_proj)]
+        )
+
+    def latent_tensors(
+        self, layer: int, factors: Sequence[Factors], layout: Layout, mean: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Weights of a converted attention module, by name, float64."""
+        _, k_bias = self.projection(layer, self.family.k_proj)
+        _, v_bias = self.projection(layer, self.family.v_proj)
+        return latent_tensors(
+            factors, self.stacked_weights(layer), layout=layout, k_bias=k_bias, v_bias=v_bias, mean=mean
         )
 
 
@@ -243,6 +256,7 @@ def _write_statistics(
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
+    writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {
             "source": source.name,
@@ -405,12 +419,22 @@ def convert(
             statistics = StatisticsStore(work)
         spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
         plan = _allocate(spectra, budget, chosen)
-        writer = _CheckpointBuilder(opened, chosen, plan, staging)
+        refits = chosen.refits(plan.kv_save(opened.geometry))
+        propagation = _propagation(opened, statistics, chosen, device) if refits else None
+        writer = _CheckpointBuilder(opened, chosen, plan, staging, refits=refits)
         layers = []
-        for layer in track(range(opened.geometry.num_layers), "Writing layers", opened.geometry.num_layers):
+        title = "Refitting and writing layers" if refits else "Writing layers"
+        for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            writer.add_layer(layer, factors, spectra.means[layer])
-            layers.append(_layer_record(spectra, statistics, plan, layer, factors))
+            tensors = opened.latent_tensors(layer, factors, plan.layout, spectra.means[layer])
+            record = _layer_record(spectra, statistics, plan, layer, factors)
+            output: Tensor | None = None
+            if propagation is not None:
+                refitted = propagation.refit(layer, dense_projections(tensors))
+                output = refitted.weight
+                record["output_error"] = {"before": refitted.error_before, "after": refitted.error_after}
+            writer.add_layer(layer, tensors, output)
+            layers.append(record)
         writer.finish()
         save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
         manifest = {
@@ -421,7 +445,7 @@ def convert(
                 "model_type": opened.family.model_type,
                 "geometry": opened.geometry.to_dict(),
             },
-            "recipe": {**chosen.model_dump(), "ranks": chosen.allocator},
+            "recipe": {**chosen.model_dump(), "ranks": chosen.allocator, "refit": refits},
             "plan": plan.to_dict(),
             "cache_elements_per_token": plan.cache_elements_per_token,
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
@@ -435,6 +459,14 @@ def convert(
     return manifest
 
 
+def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
+    from care_mla.calibration import Propagation, TokenWindows
+    from care_mla.modeling import load
+
+    windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
+    return Propagation(load(source.directory, device=device), source.family, windows, ridge=recipe.refit_ridge)
+
+
 @contextmanager
 def _workspace(staging: Path) -> Iterator[Path]:
     """A scratch directory on the target's disk, gone before the target is renamed."""
@@ -445,7 +477,7 @@ def _workspace(staging: Path) -> Iterator[Path]:
 class _CheckpointBuilder:
     """Streams the converted checkpoint: all tensors but the key and value projections are copied one by one."""
 
-    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
+    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path, *, refits: bool):
         from care_mla.modeling import LANGUAGE_MODEL
 
         self.source, self.plan, self.directory = source, plan, directory
@@ -458,10 +490,12 @@ class _CheckpointBuilder:
         self.writer = ShardedWriter(directory)
         self.biases: tuple[bool, bool] = (False, False)
         replaced = {
-            f"{family.attention_name(layer)}.{projection}.{kind}"
+            f"{family.attention_name(layer)}.{name}"
             for layer in range(source.geometry.num_layers)
-            for projection in (family.k_proj, family.v_proj)
-            for kind in ("weight", "bias")
+            for name in (
+                *(f"{p}.{kind}" for p in (family.k_proj, family.v_proj) for kind in ("weight", "bias")),
+                *([f"{family.o_proj}.weight"] if refits else []),
+            )
         }
         self._copy(name for name in source.reader.names if name not in replaced)
 
@@ -473,22 +507,13 @@ class _CheckpointBuilder:
                 tensor if self.keep_dtypes or not tensor.is_floating_point() else tensor.to(self.dtype),
             )
 
-    def add_layer(self, layer: int, factors: Sequence[Factors], mean: Tensor | None) -> None:
-        """The latent projections of one layer."""
-        family = self.source.family
-        _, k_bias = self.source.projection(layer, family.k_proj)
-        _, v_bias = self.source.projection(layer, family.v_proj)
-        tensors = latent_tensors(
-            factors,
-            self.source.stacked_weights(layer),
-            layout=self.plan.layout,
-            k_bias=k_bias,
-            v_bias=v_bias,
-            mean=mean,
-        )
+    def add_layer(self, layer: int, tensors: dict[str, Tensor], output: Tensor | None) -> None:
+        """The latent projections of one layer, and its output projection where that was refitted."""
         self.biases = ("k_b_proj.bias" in tensors, "v_b_proj.bias" in tensors)
+        if output is not None:
+            tensors = {**tensors, f"{self.source.family.o_proj}.weight": output}
         for name, tensor in tensors.items():
-            self.writer.add(f"{self.prefix}{family.attention_name(layer)}.{name}", tensor.to(self.dtype))
+            self.writer.add(f"{self.prefix}{self.source.family.attention_name(layer)}.{name}", tensor.to(self.dtype))
 
     def finish(self) -> None:
         """Shards, index, config.json and everything that travels with a checkpoint."""

@@ -158,14 +158,19 @@ class _FisherTap(_LayerTap):
                 ) from error
 
 
-def _sampled_loss(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed cross entropy against labels drawn from the model's own prediction (the true Fisher, not the empirical one)."""
-    flat = logits.flatten(0, 1)[counted.flatten()].float()
+def _sampled_gradient(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient at the logits [batch, seqlen, vocabulary] of the summed cross entropy against labels drawn from the model's own prediction.
+
+    Softmax minus one-hot, written down: autograd would hold two more tensors of that size and read them again. Labels from
+    the model make it the true Fisher; those of the text, the empirical one.
+    """
+    probabilities = logits.detach().float().softmax(-1).flatten(0, 1)
     # By inversion: torch.multinomial would draw a variate for every entry of the vocabulary.
-    cumulative = flat.detach().softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(flat), 1, generator=generator).to(flat.device) * cumulative[:, -1:]
-    labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
-    return nn.functional.cross_entropy(flat, labels, reduction="sum")
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.rand(len(probabilities), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
+    gradient = probabilities.scatter_add_(1, labels, torch.full_like(drawn, -1.0))
+    return gradient.mul_(counted.flatten()[:, None]).view_as(logits).to(logits.dtype)
 
 
 def collect_fisher(
@@ -211,7 +216,7 @@ def collect_fisher(
             for tap in taps:
                 tap.recording = False
             try:
-                _sampled_loss(logits, batch.attention_mask.bool().to(model.device), generator).backward()
+                logits.backward(_sampled_gradient(logits, batch.attention_mask.to(model.device), generator))
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

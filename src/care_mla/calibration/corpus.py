@@ -215,6 +215,21 @@ class TokenWindows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def thinned(self, max_tokens: int) -> TokenWindows:
+        """Evenly spaced windows, so that every part of a mix stays in, of at most `max_tokens` positions (one at least)."""
+        count = min(len(self), max(1, max_tokens // self.input_ids.shape[1]))
+        rows = torch.linspace(0, len(self) - 1, count).round().long()
+        return TokenWindows(self.input_ids[rows], self.lengths[rows], self.weights[rows])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Named tensors for safetensors."""
+        return {"input_ids": self.input_ids.to(torch.int32), "lengths": self.lengths, "weights": self.weights}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenWindows:
+        """Inverse of `to_tensors`."""
+        return cls(tensors["input_ids"].long(), tensors["lengths"], tensors["weights"])
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """In order, the last one possibly smaller."""
         for start in range(0, len(self), batch_size):

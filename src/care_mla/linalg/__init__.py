@@ -1,7 +1,17 @@
-"""Dense symmetric linear algebra: damping, powers, spectra, truncation. float64, torch only."""
+"""Dense symmetric linear algebra: damping, powers, spectra, truncation, refits. float64, torch only."""
 
 from care_mla.linalg.damping import shrink, shrink_to_isotropic
 from care_mla.linalg.powers import symmetric_power
+from care_mla.linalg.regression import ridge_refit
 from care_mla.linalg.spectrum import Factors, Spectrum, decompose, truncate
 
-__all__ = ["Factors", "Spectrum", "decompose", "shrink", "shrink_to_isotropic", "symmetric_power", "truncate"]
+__all__ = [
+    "Factors",
+    "Spectrum",
+    "decompose",
+    "ridge_refit",
+    "shrink",
+    "shrink_to_isotropic",
+    "symmetric_power",
+    "truncate",
+]

@@ -1,5 +1,12 @@
 """Factors to checkpoint tensors, one file a target layout."""
 
-from care_mla.mapping.latent import EXPRESSES, latent_tensors, relative_errors, split_blocks
+from care_mla.mapping.latent import (
+    EXPRESSES,
+    DenseProjections,
+    dense_projections,
+    latent_tensors,
+    relative_errors,
+    split_blocks,
+)
 
-__all__ = ["EXPRESSES", "latent_tensors", "relative_errors", "split_blocks"]
+__all__ = ["EXPRESSES", "DenseProjections", "dense_projections", "latent_tensors", "relative_errors", "split_blocks"]

@@ -8,7 +8,8 @@ Tensors of one attention module (R the layer's cached width, n = g_h d_h):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -67,6 +68,32 @@ def latent_tensors(
     if v_bias is not None:
         tensors["v_b_proj.bias"] = v_bias
     return tensors
+
+
+@dataclass(frozen=True)
+class DenseProjections:
+    """Key and value projections of a converted layer written out: what the latents amount to.
+
+    Attributes:
+        k, v: [n, D].
+        k_bias, v_bias: [n], None where there is none.
+    """
+
+    k: Float[Tensor, "n D"]
+    v: Float[Tensor, "n D"]
+    k_bias: Float[Tensor, "n"] | None
+    v_bias: Float[Tensor, "n"] | None
+
+
+def dense_projections(tensors: Mapping[str, Tensor]) -> DenseProjections:
+    """The low-rank edit of the source's weights that `latent_tensors` stand for."""
+    down, k_up, v_up = (tensors[f"{name}.weight"] for name in ("kv_a_proj", "k_b_proj", "v_b_proj"))
+    return DenseProjections(
+        k=k_up @ down[: k_up.shape[1]],
+        v=v_up @ down[-v_up.shape[1] :],
+        k_bias=tensors.get("k_b_proj.bias"),
+        v_bias=tensors.get("v_b_proj.bias"),
+    )
 
 
 def reconstruction_error(factors: Sequence[Factors], width: int, *, layout: Layout) -> Float[Tensor, "m m"]:

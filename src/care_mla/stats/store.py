@@ -16,6 +16,7 @@ from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
 
 FORMAT = "care-mla statistics 1"
+WINDOWS = "windows.safetensors"
 
 
 def _layer_file(directory: Path, layer: int) -> Path:
@@ -52,6 +53,10 @@ class StatisticsWriter:
             {name: t.contiguous().cpu() for name, t in fisher.to_tensors().items()}, _fisher_file(self.directory, layer)
         )
 
+    def write_windows(self, windows: dict[str, Tensor]) -> None:
+        """The calibration tokens themselves, for the stages that run the text through the model again."""
+        save_file({name: t.contiguous() for name, t in windows.items()}, self.directory / WINDOWS)
+
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         """Provenance: source fingerprint, corpus, token count, versions. Written last."""
         text = json.dumps({"format": FORMAT, **metadata}, indent=2, ensure_ascii=False)
@@ -83,7 +88,7 @@ class StatisticsStore:
         Raises:
             CalibrationError: missing or damaged file.
         """
-        return Moments.from_tensors(self._load(_layer_file(self.directory, layer), layer))
+        return Moments.from_tensors(self._load(_layer_file(self.directory, layer), f"statistics of layer {layer}"))
 
     def fisher(self, layer: int) -> FisherMoments:
         """Fisher statistics of one layer.
@@ -95,14 +100,24 @@ class StatisticsStore:
             raise CalibrationError(
                 f"{self.directory} holds no Fisher statistics; collect them with `care calibrate --fisher`, or choose --method care"
             )
-        return FisherMoments.from_tensors(self._load(_fisher_file(self.directory, layer), layer))
+        return FisherMoments.from_tensors(
+            self._load(_fisher_file(self.directory, layer), f"statistics of layer {layer}")
+        )
 
-    def _load(self, path: Path, layer: int) -> dict[str, Tensor]:
+    def windows(self) -> dict[str, Tensor]:
+        """The calibration tokens, as written.
+
+        Raises:
+            CalibrationError: not kept (statistics of an earlier version), or a damaged file.
+        """
+        return self._load(self.directory / WINDOWS, "the calibration tokens")
+
+    def _load(self, path: Path, what: str) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
             raise CalibrationError(
-                f"statistics of layer {layer} cannot be read from {path} ({error}); run `care calibrate` again"
+                f"{what} cannot be read from {path} ({error}); run `care calibrate` again"
             ) from error
 
     def require_source(self, fingerprint: str, source: str) -> None:

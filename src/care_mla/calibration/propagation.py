@@ -1,0 +1,219 @@
+"""Error propagation: the original and the converted model side by side, layer by layer, each output projection refitted.
+
+A converted layer receives inputs that the layers before it have already bent, and its own attention output is bent too. Both
+errors meet in the residual stream after the attention, where the output projection can be moved, in closed form, to take
+part of them back. It costs no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from care_mla.calibration.corpus import Batch, TokenWindows
+from care_mla.errors import CalibrationError, NumericalError
+from care_mla.families import FamilySpec
+from care_mla.linalg import ridge_refit
+from care_mla.mapping import DenseProjections
+from care_mla.stats import CrossMoments
+
+
+@dataclass(frozen=True)
+class OutputRefit:
+    """A refitted output projection.
+
+    Attributes:
+        weight: [D, n_h d_h], float64.
+        error_before, error_after: E||t - W a||^2 / E||t||^2 with the source's weight and with this one, on the tokens it
+            was fitted to.
+    """
+
+    weight: Tensor
+    error_before: float
+    error_after: float
+
+
+@dataclass
+class _Streams:
+    """One batch on its way through both models.
+
+    Attributes:
+        original, converted: [batch, seqlen, D], what enters the next layer.
+        layer_arguments: [layer] -> keyword arguments that the model passes to it (masks, rotations).
+        counted: [batch * seqlen] bool; token_weight: [counted tokens].
+    """
+
+    original: Tensor
+    converted: Tensor
+    layer_arguments: list[dict[str, Any]]
+    counted: Tensor
+    token_weight: Tensor
+
+
+class Propagation:
+    """Walks the layers in order; `refit` must be called once for each.
+
+    Args:
+        model: the source model. Its layers are changed only while one of them runs.
+        windows: calibration tokens; both residual streams are kept for all of them, 2 x tokens x D elements.
+        ridge: see `linalg.ridge_refit`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, family: FamilySpec, windows: TokenWindows, *, ridge: float, batch_size: int = 8
+    ):
+        self.model, self.family, self.ridge = model, family, ridge
+        self.layers = list(model.get_submodule(family.layers))
+        self._next = 0
+        with torch.no_grad():
+            self._streams = [self._enter(batch) for batch in windows.batches(batch_size)]
+
+    def _enter(self, batch: Batch) -> _Streams:
+        """The embeddings of a batch, and what the model would pass to each layer, found by letting none of them compute."""
+        arguments: list[dict[str, Any]] = []
+        hidden: list[Tensor] = []
+
+        def note(hidden_states: Tensor, **keywords: Any) -> Tensor:
+            hidden.append(hidden_states)
+            arguments.append(keywords)
+            return hidden_states
+
+        for layer in self.layers:
+            layer.forward = note
+        try:
+            self.model.get_decoder()(
+                input_ids=batch.input_ids.to(self.model.device),
+                attention_mask=batch.mask_or_none(self.model.device),
+                use_cache=False,
+            )
+        finally:
+            for layer in self.layers:
+                del layer.forward  # the class's own again
+        counted = batch.attention_mask.flatten().bool()
+        weight = batch.token_weight.flatten()[counted]
+        device = self.model.device
+        return _Streams(hidden[0], hidden[0], arguments, counted.to(device), weight.to(device))
+
+    @torch.no_grad()
+    def refit(self, layer: int, projections: DenseProjections) -> OutputRefit:
+        """Advance both streams through one layer and refit its output projection.
+
+        With h_o, h_c the streams entering the layer and u_o = h_o + attention(h_o) the original after its attention, the
+        target is t = u_o - h_c, the input a that of the converted output projection, and a token weighs 1 / mean(u_o^2):
+        the norm that reads the stream next sees relative errors.
+
+        Args:
+            projections: key and value maps of the converted layer.
+
+        Raises:
+            CalibrationError: non-finite activations, with the layer named.
+
+        Source: closed form from cross moments, as in sequential layer-wise calibration (GPTQ and its kin); ours in the
+        choice of target and weights, see docs/fisher.md.
+        """
+        assert layer == self._next, "layers are refitted in order"
+        self._next += 1
+        module = self.layers[layer]
+        attention = self.model.get_submodule(self.family.attention_name(layer))
+        o_proj: nn.Linear = getattr(attention, self.family.o_proj)
+        targets = [self._advance_original(streams, module, o_proj, layer) for streams in self._streams]
+        moments = CrossMoments.zeros(o_proj.in_features, o_proj.out_features, device=self.model.device)
+        W = o_proj.weight.double()
+        with _converted(attention, self.family, projections):
+            for streams, (target, weight) in zip(self._streams, targets, strict=True):
+                context = _attention_context(module, o_proj, streams.converted, streams.layer_arguments[layer])
+                moments.update(
+                    context.flatten(0, 1)[streams.counted],
+                    target.flatten(0, 1)[streams.counted],
+                    weight.flatten()[streams.counted] * streams.token_weight,
+                )
+            try:
+                refitted = ridge_refit(
+                    W, moments.input_second / moments.weight, moments.cross / moments.weight, self.ridge
+                )
+            except NumericalError as error:
+                raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
+            with _weight(o_proj, refitted):
+                for streams in self._streams:
+                    streams.converted = module(streams.converted, **streams.layer_arguments[layer])
+        return OutputRefit(refitted.cpu(), moments.relative_error(W), moments.relative_error(refitted))
+
+    @staticmethod
+    def _advance_original(streams: _Streams, module: nn.Module, o_proj: nn.Linear, layer: int) -> tuple[Tensor, Tensor]:
+        """Run the original layer; the target of the converted output projection and the weight of each token."""
+        with _watched(o_proj) as seen:
+            following = module(streams.original, **streams.layer_arguments[layer])
+        after_attention = streams.original + seen["output"]
+        streams.original = following
+        bias = 0.0 if o_proj.bias is None else o_proj.bias
+        return after_attention - bias - streams.converted, 1.0 / after_attention.float().square().mean(-1)
+
+
+def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Input of the output projection; what follows it in the layer is not run."""
+    with _watched(o_proj, stop=True) as seen, suppress(_Reached):
+        module(hidden, **arguments)
+    return seen["input"]
+
+
+@contextmanager
+def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProjections) -> Iterator[None]:
+    """Key and value projections replaced by those of the converted layer."""
+    originals = {name: getattr(attention, name) for name in (family.k_proj, family.v_proj)}
+    maps = {family.k_proj: (projections.k, projections.k_bias), family.v_proj: (projections.v, projections.v_bias)}
+    try:
+        for name, (weight, bias) in maps.items():
+            like = originals[name].weight
+            linear = nn.Linear(
+                like.shape[1], like.shape[0], bias=bias is not None, device=like.device, dtype=like.dtype
+            )
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+            setattr(attention, name, linear)
+        yield
+    finally:
+        for name, module in originals.items():
+            setattr(attention, name, module)
+
+
+@contextmanager
+def _weight(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
+    """Another weight for as long as the context lasts."""
+    original = linear.weight.data
+    linear.weight.data = weight.to(original.dtype)
+    try:
+        yield
+    finally:
+        linear.weight.data = original
+
+
+class _Reached(Exception):  # noqa: N818  (a signal, not an error)
+    """The output projection has been reached."""
+
+
+@contextmanager
+def _watched(module: nn.Linear, *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Input and output of a projection's next call; with `stop` it is not carried out."""
+    seen: dict[str, Tensor] = {}
+
+    def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen["input"] = inputs[0]
+        if stop:
+            raise _Reached
+
+    def after(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen["output"] = output
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
