@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_mla.errors import ConfigError
-from care_mla.methods import Weighting
+from care_mla.methods import Coupling, Weighting
 from care_mla.ranks.plan import Layout
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -64,7 +64,7 @@ class Recipe(Settings):
 
     Attributes:
         ranks: allocator; None is `fisher` for method fisher, else `uniform`.
-        shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
+        shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `REFIT_FROM` saving on.
         refit_tokens: calibration tokens that the refit reads.
@@ -83,7 +83,8 @@ class Recipe(Settings):
     rank_multiple: int = Field(1, ge=1)
     shrinkage: float = Field(0.01, ge=0.0, le=1.0)
     fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
-    fisher_shrinkage: float = Field(0.02, gt=0.0, le=1.0)
+    fisher_shrinkage: float = Field(0.02, ge=0.0, le=1.0)
+    fisher_coupling: Coupling = "full"
     refit: bool | None = None
     refit_tokens: int = Field(8192, ge=1)
     refit_ridge: float = Field(0.1, gt=0.0)
@@ -101,4 +102,4 @@ class Recipe(Settings):
     @property
     def weighting(self) -> Weighting:
         """The part that the methods take."""
-        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage)
+        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling)

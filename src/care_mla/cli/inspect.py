@@ -18,7 +18,7 @@ def inspect(
     budgets: Annotated[str, typer.Option("--budgets", help="Shares of the cache to save.")] = "0.5,0.75,0.875",
 ) -> None:
     """Architecture, cache now and at the given budgets, and what a conversion must keep. Reads config.json alone."""
-    facts = pipeline.inspect(source, [_share(part) for part in budgets.split(",")])
+    facts = pipeline.inspect(source, options.numbers(budgets, "--budgets"))
     geometry = facts.geometry
     table = Table(title=f"{source}: {facts.architecture}", show_header=False)
     table.add_row(
@@ -51,10 +51,3 @@ def inspect(
     console.print(
         kept if facts.features else "No feature beyond plain attention with RoPE; both latent layouts express it."
     )
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--budgets: {text!r} is not a number") from error

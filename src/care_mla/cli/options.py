@@ -32,7 +32,19 @@ Pack = Annotated[
     ),
 ]
 
+MinRank = Annotated[int | None, typer.Option("--min-rank", help="Smallest rank of a latent.")]
+MaxRank = Annotated[int | None, typer.Option("--max-rank", help="Largest rank of a latent.")]
+RankMultiple = Annotated[int | None, typer.Option("--rank-multiple", help="Ranks are multiples of this.  [default: 1]")]
+
 
 def given(**options: object) -> dict[str, object]:
     """Only the options that the user set; the rest keep the defaults of `config.py`."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Comma-separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {text!r}: numbers separated by commas, e.g. 0.5,0.75") from error

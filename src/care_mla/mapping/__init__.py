@@ -5,8 +5,17 @@ from care_mla.mapping.latent import (
     DenseProjections,
     dense_projections,
     latent_tensors,
+    predicted_loss_increase,
     relative_errors,
     split_blocks,
 )
 
-__all__ = ["EXPRESSES", "DenseProjections", "dense_projections", "latent_tensors", "relative_errors", "split_blocks"]
+__all__ = [
+    "EXPRESSES",
+    "DenseProjections",
+    "dense_projections",
+    "latent_tensors",
+    "predicted_loss_increase",
+    "relative_errors",
+    "split_blocks",
+]

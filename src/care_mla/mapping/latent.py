@@ -17,6 +17,7 @@ from torch import Tensor
 
 from care_mla.linalg import Factors
 from care_mla.ranks.plan import Layout
+from care_mla.stats import LayerStatistics
 
 EXPRESSES: dict[str, str] = {
     "qkv bias": "k and v biases are added to the rebuilt keys and values",
@@ -109,6 +110,41 @@ def constant_part(factors: Sequence[Factors], mean: Float[Tensor, "m"], *, layou
     return reconstruction_error(factors, len(mean), layout=layout) @ mean
 
 
+def _about(
+    second_moment: Float[Tensor, "m m"], plain_mean: Float[Tensor, "m"] | None, mean: Float[Tensor, "m"] | None
+) -> Float[Tensor, "m m"]:
+    """E[(y - mu)(y - mu)^T] from E[y y^T] and E[y]; mu None is zero."""
+    if mean is None:
+        return second_moment
+    assert plain_mean is not None
+    cross = torch.outer(plain_mean, mean)
+    return second_moment - cross - cross.T + torch.outer(mean, mean)
+
+
+def predicted_loss_increase(
+    factors: Sequence[Factors],
+    statistics: LayerStatistics,
+    *,
+    layout: Layout,
+    mean: Float[Tensor, "m"] | None = None,
+) -> float:
+    """Loss increase of converting this layer alone, in nats per token, to second order: tr(H E M E^T) / 2, E = I - P.
+
+    H and M are the plain Fisher statistics, neither tempered nor shrunk, whatever metric chose the factors. Layers add up;
+    errors of different tokens, and of layers on top of each other, are taken as independent.
+
+    Args:
+        statistics: with Fisher statistics.
+        mean: mu given back as a constant, if the conversion was centred.
+    """
+    fisher = statistics.fisher
+    assert fisher is not None
+    deviation = _about(fisher.second_moment, fisher.mean, mean)
+    error = reconstruction_error(factors, len(deviation), layout=layout)
+    curvature = fisher.curvature(statistics.moments.second_moment)
+    return 0.5 * float(((curvature @ error) * (error @ deviation)).sum())
+
+
 def relative_errors(
     factors: Sequence[Factors],
     second_moment: Float[Tensor, "m m"],
@@ -123,11 +159,7 @@ def relative_errors(
         second_moment, plain_mean: E[y y^T] and E[y], neither shrunk nor weighted.
         mean: mu given back as a constant, if the conversion was centred.
     """
-    deviation = second_moment
-    if mean is not None:
-        assert plain_mean is not None
-        cross = torch.outer(plain_mean, mean)
-        deviation = second_moment - cross - cross.T + torch.outer(mean, mean)
+    deviation = _about(second_moment, plain_mean, mean)
     error = reconstruction_error(factors, len(second_moment), layout=layout)
     lost, total = (error @ deviation @ error.T).diagonal(), second_moment.diagonal()
     keys, values = split_blocks("split", len(second_moment) // 2)

@@ -4,6 +4,6 @@
 """
 
 from care_mla.methods import asvd, care, care_c, fisher, svd  # noqa: F401  (registration)
-from care_mla.methods.registry import METHODS, Method, Metric, Weighting, get_method
+from care_mla.methods.registry import METHODS, Coupling, Method, Metric, Weighting, get_method
 
-__all__ = ["METHODS", "Method", "Metric", "Weighting", "get_method"]
+__all__ = ["METHODS", "Coupling", "Method", "Metric", "Weighting", "get_method"]

@@ -28,7 +28,12 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     mean = collected.mean
     centred = collected.second_moment - torch.outer(mean, mean)
     second_moment = shrink(centred, statistics.moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
-    scale = collected.metric.diagonal().mean()
-    damped = shrink_to_isotropic(collected.metric / scale, weighting.fisher_shrinkage)
+    gradients = collected.metric
+    if weighting.fisher_coupling == "block":
+        n = len(gradients) // 2
+        gradients = gradients.clone()
+        gradients[:n, n:] = gradients[n:, :n] = 0.0
+    scale = gradients.diagonal().mean()
+    damped = shrink_to_isotropic(gradients / scale, weighting.fisher_shrinkage)
     metric = scale * symmetric_power(damped, weighting.fisher_exponent, name="the Fisher metric G")
     return Metric(second_moment, metric, mean)

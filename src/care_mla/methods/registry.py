@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.stats import LayerStatistics
+
+Coupling = Literal["full", "block"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,13 @@ class Weighting:
         shrinkage: a of (1-a) C + a lambda I, the same for every method.
         fisher_exponent: p of the tempered metric G^p; 1 trusts the quadratic model of the loss, 0 ignores it.
         fisher_shrinkage: of G, toward its mean eigenvalue.
+        fisher_coupling: "full" 2n x 2n metric, or "block": keys and values weighed apart.
     """
 
     shrinkage: float = 0.01
     fisher_exponent: float = 0.5
     fisher_shrinkage: float = 0.02
+    fisher_coupling: Coupling = "full"
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from care_mla.pipeline import RankForecast
 
 BLOCK_NAMES = {"k": "keys", "v": "values", "kv": "keys and values"}
 COLORS = {"k": "#2563eb", "v": "#ea580c", "kv": "#0f766e"}
@@ -55,6 +60,34 @@ def rank_profile(ranks: Sequence[Sequence[int]], blocks: Sequence[str], parity: 
         axes.legend(loc="upper right", ncols=3, fontsize=8)
 
     return _svg(draw)
+
+
+def forecast(forecasts: Sequence[RankForecast], parity: int) -> Figure:
+    """Predicted loss increase against saving, one line a recipe; below, the first recipe's latent widths by layer."""
+    with plt.rc_context(_STYLE):
+        figure, (loss, profile) = plt.subplots(2, 1, figsize=(7.2, 6.4), layout="constrained")
+        for name, group in groupby(forecasts, key=lambda f: f.name):
+            points = [(100 * f.kv_save, f.predicted_loss_increase) for f in group]
+            known = sorted((x, y) for x, y in points if y is not None)
+            if known:
+                loss.semilogy(*zip(*known, strict=True), "o-", markersize=4, linewidth=1.2, label=name)
+        loss.set(xlabel="KV cache saved, %", ylabel="predicted loss increase, nats per token")
+        if loss.lines:
+            loss.legend(fontsize=8)
+        else:
+            loss.text(0.5, 0.5, "no Fisher statistics: no prediction", ha="center", transform=loss.transAxes)
+        for f in (f for f in forecasts if f.name == forecasts[0].name):
+            widths = [sum(ranks) for ranks in f.plan.ranks]
+            profile.step(range(len(widths)), widths, where="mid", label=f"{100 * f.kv_save:.1f}% saved")
+        profile.axhline(parity, color="#6b7280", linestyle="--", linewidth=1, label="unconverted cache")
+        profile.set(
+            xlabel="layer",
+            ylabel="cached elements per token",
+            ylim=(0, 1.25 * parity),
+            title=forecasts[0].name,
+        )
+        profile.legend(fontsize=8, ncols=2, loc="upper right")
+    return figure
 
 
 def spectra(energies: Tensor, ranks: Sequence[int], block: str) -> str:

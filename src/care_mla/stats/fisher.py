@@ -101,3 +101,26 @@ class FisherMoments(MergeableSums):
     def metric(self) -> Float[Tensor, "m m"]:
         """G: second moment of the gradients, weighted by the outputs' leverage."""
         return self.gradient_second / self.gradient_weight
+
+    def curvature(self, second_moment: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+        """H = a G, scaled so that tr(H E M E^T) / 2 predicts the loss increase in nats per token of errors e = E y.
+
+        The two factors of a Kronecker model share one scale. It is set where the statistics know the product: the average
+        of ||g||^2 y^T R^-1 y, R the plain second moment, must come out as measured.
+
+        Args:
+            second_moment: E[y y^T] of all tokens, not shrunk.
+        """
+        plain = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
+        leverage: Tensor = torch.linalg.solve(plain, self.second_moment).diagonal().sum()
+        return self.gradient_second / (self.num_tokens * leverage)
+
+    @property
+    def effective_rank(self) -> float:
+        """Independent directions that the gradients give evidence of: exp of the entropy of G's normalized eigenvalues.
+
+        Source: Roy and Vetterli, The effective rank, 2007.
+        """
+        eigenvalues = torch.linalg.eigvalsh(self.gradient_second).clamp_min(0.0)
+        shares = eigenvalues / eigenvalues.sum()
+        return float(torch.special.entr(shares).sum().exp())

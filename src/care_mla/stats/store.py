@@ -90,13 +90,18 @@ class StatisticsStore:
         """
         return Moments.from_tensors(self._load(_layer_file(self.directory, layer), f"statistics of layer {layer}"))
 
+    @property
+    def has_fisher(self) -> bool:
+        """Whether a backward pass was part of the calibration."""
+        return _fisher_file(self.directory, 0).is_file()
+
     def fisher(self, layer: int) -> FisherMoments:
         """Fisher statistics of one layer.
 
         Raises:
             CalibrationError: not collected, or a damaged file.
         """
-        if not _fisher_file(self.directory, 0).is_file():
+        if not self.has_fisher:
             raise CalibrationError(
                 f"{self.directory} holds no Fisher statistics; collect them with `care calibrate --fisher`, or choose --method care"
             )

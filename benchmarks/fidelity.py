@@ -1,0 +1,213 @@
+"""Loss of the default conversion as a fraction of CARE-U's, over corpora, window lengths and seeds; multiple-choice accuracy.
+
+    python benchmarks/fidelity.py --model build/smollm2-135m --data ../shared/data --work build/fidelity
+
+Every conversion goes through the public pipeline: CARE-U is `--method care --layout split --ranks uniform`, ours is
+`care convert SOURCE --kv-save X` with nothing else said, both from the same statistics (128 x 256 tokens) at the same number of
+cached elements. Calibrated on WikiText-2 validation, C4 documents 0-149, Alpaca items 0-499, or text that the model writes
+itself; evaluated on WikiText-2 test, C4 documents 220-299 and Alpaca items 700-998, which no option was ever chosen on. What is
+finished is kept in --work, so an interrupted run goes on where it was. Writes benchmarks/results/fidelity.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import print as show
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import care_mla
+from care_mla.calibration import load_text, load_tokenizer
+from care_mla.calibration.corpus import tokenize
+from care_mla.cli import quiet_libraries
+from care_mla.evaluation import evaluate_model, evaluation_windows
+from care_mla.pipeline import versions, write_json
+
+BUDGETS = (0.5, 0.75, 0.875)
+WINDOWS = {512: 8, 2048: 4}
+RECIPES: dict[str, dict[str, str]] = {
+    "care-u": {"method": "care", "layout": "split", "ranks": "uniform"},
+    "default": {},
+}
+CHOICE_ITEMS = 300
+CHOICE_FILES = {"ARC-E": "choice/arc_easy.jsonl", "PIQA": "choice/piqa.jsonl"}
+
+
+def split_texts(data: Path, work: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Calibration and evaluation text by corpus; records are dealt out to files of their own."""
+    work.mkdir(parents=True, exist_ok=True)
+    documents = (data / "c4/c4_300.jsonl").read_text(encoding="utf-8").splitlines()
+    items = json.loads((data / "alpaca/alpaca_999.json").read_text(encoding="utf-8"))
+    files = {
+        "c4-calibration.jsonl": "\n".join(documents[:150]),
+        "c4-evaluation.jsonl": "\n".join(documents[220:]),
+        "alpaca-calibration.json": json.dumps(items[:500]),
+        "alpaca-evaluation.json": json.dumps(items[700:]),
+    }
+    for name, content in files.items():
+        (work / name).write_text(content, encoding="utf-8")
+    calibration = {
+        "wikitext2": str(data / "wikitext2/valid.tokens.txt"),
+        "c4": str(work / "c4-calibration.jsonl"),
+        "alpaca": str(work / "alpaca-calibration.json"),
+        "self": "self",
+    }
+    evaluation = {
+        "wikitext2": str(data / "wikitext2/test.tokens.txt"),
+        "c4": str(work / "c4-evaluation.jsonl"),
+        "alpaca": str(work / "alpaca-evaluation.json"),
+    }
+    return calibration, evaluation
+
+
+@torch.no_grad()
+def choice_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, float]:
+    """Share of the first items whose gold choice is the likeliest continuation: by sum of log-probabilities, and per byte."""
+    right = {"plain": 0, "per_byte": 0}
+    lines = path.read_text(encoding="utf-8").splitlines()[:CHOICE_ITEMS]
+    for item in map(json.loads, lines):
+        scores = []
+        query = tokenize(tokenizer, item["query"].rstrip() + "\nAnswer:")
+        rows = [torch.cat([query, tokenize(tokenizer, " " + choice.strip())]) for choice in item["choices"]]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: no earlier token sees it
+        logits = model(padded, use_cache=False).logits
+        for row, predicted, choice in zip(rows, logits, item["choices"], strict=True):
+            answer = row[len(query) :]
+            likelihood = log_softmax(predicted[len(query) - 1 : len(row) - 1].float(), -1)
+            scores.append((float(likelihood.gather(1, answer[:, None]).sum()), len(choice.strip().encode())))
+        best = max(range(len(scores)), key=lambda i: scores[i][0])
+        best_per_byte = max(range(len(scores)), key=lambda i: scores[i][0] / scores[i][1])
+        right["plain"] += best == item["gold"]
+        right["per_byte"] += best_per_byte == item["gold"]
+    return {name: count / len(lines) for name, count in right.items()}
+
+
+class Rows:
+    """Results on disk, one JSON line a model; a finished one is not measured again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done = {
+            line["key"]: line for line in map(json.loads, path.read_text().splitlines() if path.is_file() else [])
+        }
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        self.done[key] = {"key": key, **row}
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.done[key]) + "\n")
+        show(self.done[key])
+
+
+def measure(arguments: argparse.Namespace, rows: Rows) -> None:
+    """Everything that is not measured yet."""
+    calibration, evaluation = split_texts(arguments.data, arguments.work / "text")
+    tokenizer = load_tokenizer(Path(arguments.model))
+    windows = {
+        (text, seqlen): evaluation_windows(tokenizer, load_text(file), seqlen=seqlen, windows=count)
+        for (text, file), (seqlen, count) in product(evaluation.items(), WINDOWS.items())
+    }
+
+    def losses(model: PreTrainedModel) -> dict[str, float]:
+        return {f"{text} {seqlen}": evaluate_model(model, ids).loss for (text, seqlen), ids in windows.items()}
+
+    def choices(model: PreTrainedModel) -> dict[str, Any]:
+        return {name: choice_accuracy(model, tokenizer, arguments.data / file) for name, file in CHOICE_FILES.items()}
+
+    if "original" not in rows.done:
+        original = care_mla.load(arguments.model)
+        rows.add("original", {"losses": losses(original), "choices": choices(original)})
+    first = (arguments.seeds[0], arguments.calibrations[0])
+    for seed, corpus in product(arguments.seeds, arguments.calibrations):
+        stats = arguments.work / f"stats-{corpus}-{seed}"
+        if not stats.is_dir():
+            care_mla.calibrate(arguments.model, stats, calibration=calibration[corpus], seed=seed, fisher=True)
+        for kv_save, (recipe, options) in product(BUDGETS, RECIPES.items()):
+            key = f"{corpus} {seed} {kv_save} {recipe}"
+            if key in rows.done:
+                continue
+            out = arguments.work / "converted"
+            manifest = care_mla.convert(arguments.model, out, stats=stats, kv_save=kv_save, overwrite=True, **options)
+            model = care_mla.load(out)
+            row: dict[str, Any] = {
+                "calibration": corpus,
+                "seed": seed,
+                "kv_save": kv_save,
+                "recipe": recipe,
+                "cache_elements": manifest["cache_elements_per_token"],
+                "predicted_loss_increase": manifest["predicted_loss_increase"],
+                "losses": losses(model),
+            }
+            if (seed, corpus) == first:
+                row["choices"] = choices(model)
+            rows.add(key, row)
+
+
+def fractions(rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Loss increase of the default as a fraction of CARE-U's, one record for each calibration, budget, text and window."""
+    original = rows["original"]["losses"]
+    pairs: dict[tuple[Any, ...], dict[int, tuple[float, float]]] = {}
+    for ours in (row for row in rows.values() if row.get("recipe") == "default"):
+        theirs = rows.get(ours["key"].replace("default", "care-u"))
+        for text in original if theirs else ():
+            increases = tuple(row["losses"][text] - original[text] for row in (ours, theirs))
+            pairs.setdefault((ours["calibration"], ours["kv_save"], text), {})[ours["seed"]] = increases
+    for (corpus, kv_save, text), seeds in pairs.items():
+        values = [ours / theirs for ours, theirs in seeds.values()]
+        yield {
+            "calibration": corpus,
+            "kv_save": kv_save,
+            "text": text,
+            "seeds": len(values),
+            "mean": statistics.mean(values),
+            "low": min(values),
+            "high": max(values),
+            "default_nats": statistics.mean(ours for ours, _ in seeds.values()),
+            "care_u_nats": statistics.mean(theirs for _, theirs in seeds.values()),
+        }
+
+
+def markdown(records: list[dict[str, Any]], rows: dict[str, Any]) -> str:
+    """The tables of docs/results.md."""
+    texts = list(rows["original"]["losses"])
+    lines = [f"| calibrated on | saved | {' | '.join(texts)} |", "|-|-|" + "-|" * len(texts)]
+    for corpus, kv_save in dict.fromkeys((r["calibration"], r["kv_save"]) for r in records):
+        cells = {r["text"]: r for r in records if (r["calibration"], r["kv_save"]) == (corpus, kv_save)}
+        shown = [f"{c['mean']:.3f} ({c['low']:.3f}..{c['high']:.3f})" for c in (cells[text] for text in texts)]
+        lines.append(f"| {corpus}, {cells[texts[0]]['seeds']} seeds | {100 * kv_save:g}% | {' | '.join(shown)} |")
+    names = [f"{task}, {how}" for task in CHOICE_FILES for how in ("plain", "per_byte")]
+    lines += ["", f"| model | {' | '.join(names)} |", "|-|" + "-|" * len(names)]
+    for row in (row for row in rows.values() if "choices" in row):
+        name = f"{row['recipe']}, {100 * row['kv_save']:g}%" if "recipe" in row else "original"
+        values = [row["choices"][task][how] for task in CHOICE_FILES for how in ("plain", "per_byte")]
+        lines.append(f"| {name} | {' | '.join(f'{100 * value:.1f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="kept between runs")
+    parser.add_argument("--calibrations", nargs="+", default=["c4", "wikitext2"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "fidelity.json")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = Rows(arguments.work / "rows.jsonl")
+    measure(arguments, rows)
+    records = list(fractions(rows.done))
+    write_json(arguments.json, {"versions": versions(), "fractions": records, "rows": list(rows.done.values())})
+    print(markdown(records, rows.done))
+
+
+if __name__ == "__main__":
+    main()

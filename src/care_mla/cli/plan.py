@@ -1,0 +1,90 @@
+"""care plan"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from care_mla import pipeline
+from care_mla.cli import app, options
+from care_mla.pipeline import RankForecast
+from care_mla.progress import rich_track
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@app.command()
+def plan(
+    source: options.Source,
+    stats: Annotated[Path, typer.Option("--stats", help="Statistics of `care calibrate`.")],
+    kv_save: Annotated[
+        str, typer.Option("--kv-save", help="Shares of the cache to save, comma-separated.")
+    ] = "0.5,0.75,0.875",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="Comma-separated.  [default: a comparison of the best recipes and CARE]"),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="With --method: split, joint or both.  [default: joint]")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", help="With --method: as in `care convert`.")] = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    rank_multiple: options.RankMultiple = None,
+    plot: Annotated[Path, typer.Option("--plot", help="Where to draw it (.svg, .png or .pdf).")] = Path(
+        "care_plan.svg"
+    ),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write ranks and predictions here too.")] = None,
+) -> None:
+    """Predicted loss increase and rank profile by budget and recipe; writes no model."""
+    shares = options.numbers(kv_save, "--kv-save")
+    if method is None and (layout is not None or ranks is not None):
+        raise typer.BadParameter("--layout and --ranks choose the recipe together with --method")
+    recipes: list[dict[str, Any]] | None = None
+    if method is not None:
+        layouts = (layout or "joint").split(",")
+        recipes = [{"method": name, "layout": one} for name in method.split(",") for one in layouts]
+    common = options.given(ranks=ranks, min_rank=min_rank, max_rank=max_rank, rank_multiple=rank_multiple)
+    pipeline.require_plot(plot)
+    forecasts = pipeline.plan_ranks(source, stats, kv_save=shares, recipes=recipes, track=rich_track, **common)
+    console = Console()
+    for _, budgets in groupby(forecasts, key=lambda forecast: forecast.name):
+        console.print(forecast_table(list(budgets)))
+    console.print(
+        "predicted: loss increase in nats per token, quadratic model, before any refit"
+        if forecasts[0].predicted_loss_increase is not None
+        else "no prediction: these statistics were collected without --fisher"
+    )
+    if json_out is not None:
+        pipeline.write_json(json_out, {"forecasts": [forecast.to_dict() for forecast in forecasts]})
+    pipeline.plot_forecasts(source, forecasts, plot)
+    console.print(f"plot: {plot}", highlight=False)
+
+
+def forecast_table(forecasts: list[RankForecast]) -> Table:
+    """The budgets of one recipe; the profile is the latent width of each layer, as bars of the widest."""
+    table = Table(title=forecasts[0].name, title_justify="left")
+    for column in ("saved", "elements", "predicted", "widths", "profile"):
+        table.add_column(column, justify="left" if column == "profile" else "right", no_wrap=True)
+    for forecast in forecasts:
+        widths = [sum(layer) for layer in forecast.plan.ranks]
+        predicted = forecast.predicted_loss_increase
+        table.add_row(
+            f"{100 * forecast.kv_save:.1f}%",
+            str(forecast.plan.cache_elements_per_token),
+            "unknown" if predicted is None else f"{predicted:.4f}",
+            f"{min(widths)}..{max(widths)}",
+            _profile(widths),
+        )
+    return table
+
+
+def _profile(widths: list[int]) -> str:
+    step = max(1, -(-len(widths) // 36))  # long models: the mean of neighbours
+    means = [sum(part) / len(part) for part in (widths[i : i + step] for i in range(0, len(widths), step))]
+    return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * mean / max(means) - 1e-9))] for mean in means)
