@@ -22,7 +22,7 @@ from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_director
 from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings, Recipe
-from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
+from care_mla.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
@@ -290,22 +290,38 @@ class LayerSpectra:
         self.num_blocks = len(BLOCKS[recipe.layout])
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
         self.means: list[Tensor | None] = []  # [layer]
+        self.notes: list[str] = []  # what the user should know of the statistics
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
         for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
             collected = LayerStatistics(
                 statistics.layer(layer), statistics.fisher(layer) if method.needs_fisher else None
             )
+            self._note_evidence(layer, collected, recipe)
             metric = method.metric(collected, source.stacked_weights(layer), recipe.weighting)
             self.means.append(metric.mean)
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
-                spectrum = decompose(part.second_moment, part.output_metric)
+                try:
+                    spectrum = decompose(part.second_moment, part.output_metric)
+                except NumericalError as error:
+                    tokens = int(collected.moments.num_tokens)
+                    raise NumericalError(f"layer {layer}, calibrated on {tokens} tokens: {error}") from error
                 save_file(
                     {"encoder": spectrum.encoder.contiguous(), "decoder": spectrum.decoder.contiguous()},
                     self._file(layer, block),
                 )
                 self.energies[block].append(spectrum.energies)
+
+    def _note_evidence(self, layer: int, collected: LayerStatistics, recipe: Recipe) -> None:
+        """Fewer tokens than directions: what the shrinkage is filling in. One note, of the first layer."""
+        fisher = collected.fisher
+        if layer == 0 and fisher is not None and int(fisher.num_tokens) < len(fisher.output_sum):
+            self.notes.append(
+                f"calibrated on {int(fisher.num_tokens)} tokens, fewer than the {len(fisher.output_sum)} directions of keys and values: "
+                f"gradients give evidence of {fisher.effective_rank:.0f} (effective rank, layer 0), --shrinkage {recipe.shrinkage:g} and "
+                f"--fisher-shrinkage {recipe.fisher_shrinkage:g} fill in the rest; give more --samples"
+            )
 
     def _file(self, layer: int, block: int) -> Path:
         return self.directory / f"spectrum_{layer}_{block}.safetensors"
@@ -364,12 +380,14 @@ class RankForecast:
         recipe: as it would stand in the manifest.
         kv_save: share of the cache that the plan saves.
         predicted_loss_increase: nats per token, before any refit; None without Fisher statistics.
+        notes: what the user should know of the statistics.
     """
 
     recipe: dict[str, Any]
     kv_save: float
     plan: RankPlan
     predicted_loss_increase: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -384,6 +402,7 @@ class RankForecast:
             "cache_elements_per_token": self.plan.cache_elements_per_token,
             "predicted_loss_increase": self.predicted_loss_increase,
             "plan": self.plan.to_dict(),
+            "notes": list(self.notes),
         }
 
 
@@ -434,7 +453,9 @@ def plan_ranks(
                 plan = _allocate(spectra, budget, recipe)
                 records = [_layer_record(spectra, store, plan, layer) for layer in range(opened.geometry.num_layers)]
                 saved = plan.kv_save(opened.geometry)
-                forecasts.append(RankForecast(_recipe_record(recipe, saved), saved, plan, _predicted(records)))
+                forecasts.append(
+                    RankForecast(_recipe_record(recipe, saved), saved, plan, _predicted(records), tuple(spectra.notes))
+                )
     return forecasts
 
 
@@ -560,6 +581,7 @@ def convert(
             "kv_save": plan.kv_save(opened.geometry),
             "predicted_loss_increase": _predicted(layers),
             "layers": layers,
+            "notes": spectra.notes,
             "calibration": statistics.metadata,
             "versions": versions(),
         }

@@ -103,7 +103,7 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
 ) -> None:
     source = tiny(family)
     n = _kv_width(source)
-    out = _convert(source, tmp_path / "out", text_file, rank=max(1, n // 3), layout=layout)
+    out = _convert(source, tmp_path / "out", text_file, rank=max(1, n // 3), layout=layout, refit=True)
     written = load_file(out / "model.safetensors")
     edited = care_mla.load(source)
     for layer in range(3):
@@ -112,6 +112,7 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
         attention = edited.model.layers[layer].self_attn
         attention.k_proj.weight.copy_(k_up @ down[: k_up.shape[1]])
         attention.v_proj.weight.copy_(v_up @ down[-v_up.shape[1] :])
+        attention.o_proj.weight.copy_(written[f"{prefix}o_proj.weight"])
         for projection, name in ((attention.k_proj, "k_b_proj"), (attention.v_proj, "v_b_proj")):
             projection.bias = torch.nn.Parameter(
                 written[f"{prefix}{name}.bias"]

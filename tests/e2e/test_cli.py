@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import care_mla
 from care_mla.cli import main
 
 CARE = [sys.executable, "-c", "from care_mla.cli import main; main()"]
@@ -103,7 +104,7 @@ def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, te
     care("report", out)
     page = (out / "care_report.html").read_text()
     assert (
-        page.count("<svg") == 5
+        page.count("<svg") == 6
         and f"{result['perplexity']:.3f}" in page
         and "http://"
         not in page.replace("http://www.w3.org", "")
@@ -114,6 +115,54 @@ def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, te
     assert manifest["plan"]["ranks"] == [layer["ranks"] for layer in manifest["layers"]]
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").is_file()
+
+
+def test_plan_predicts_and_writes_no_model(
+    care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    source, stats = tiny(), tmp_path / "stats"
+    text = ["--calibration", text_file, "--samples", 8, "--seqlen", 32]
+    care("calibrate", source, "--out", stats, *text, "--fisher")
+    before = set(tmp_path.rglob("*"))
+    files = ["--plot", tmp_path / "plan.png", "--json", tmp_path / "plan.json"]
+    printed = care("plan", source, "--stats", stats, "--kv-save", "0.25,0.5", *files)
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "plan.png", tmp_path / "plan.json"}
+    forecasts = json.loads((tmp_path / "plan.json").read_text())["forecasts"]
+    assert len(forecasts) == 5 * 2
+    ours, theirs = ([f for f in forecasts if f["recipe"]["method"] == m][-1] for m in ("fisher", "care"))
+    assert ours["kv_save"] == theirs["kv_save"] == 0.5
+    assert ours["predicted_loss_increase"] < theirs["predicted_loss_increase"]
+    assert all(f"{f['predicted_loss_increase']:.4f}" in printed for f in forecasts)
+
+    manifest = care_mla.convert(source, tmp_path / "out", stats=stats, kv_save=0.5)
+    same = next(f for f in forecasts if f["recipe"]["layout"] == "joint" and f["kv_save"] == 0.5)
+    assert manifest["plan"] == same["plan"]
+    assert manifest["predicted_loss_increase"] == pytest.approx(same["predicted_loss_increase"])
+
+    care("calibrate", source, "--out", stats, *text, "--overwrite")
+    printed = care("plan", source, "--stats", stats, "--kv-save", "0.5", *files, "--rank-multiple", 8)
+    assert "unknown" in printed and "without --fisher" in printed and "fisher ranks" not in printed
+
+
+def test_refit_is_asked_for_or_chosen_by_budget(
+    care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    source, stats, out = tiny(), tmp_path / "stats", tmp_path / "out"
+    care("calibrate", source, "--out", stats, "--calibration", text_file, "--samples", 8, "--seqlen", 32, "--fisher")
+    common = ["convert", source, "--out", out, "--stats", stats, "--overwrite"]
+    for options, refitted in (
+        (["--kv-save", 0.5], False),
+        (["--kv-save", 0.75], True),
+        (["--kv-save", 0.75, "--no-refit"], False),
+        (["--kv-save", 0.75, "--method", "care"], False),
+        (["--kv-save", 0.5, "--method", "care", "--refit", "--refit-tokens", 64], True),
+    ):
+        assert ("refitted" in care(*common, *options)) == refitted
+        manifest = json.loads((out / "care_manifest.json").read_text())
+        assert manifest["recipe"]["refit"] == refitted == ("output_error" in manifest["layers"][0])
+    assert "Refit of the output projections" in (out / "care_report.html").read_text()
+    (stats / "windows.safetensors").unlink()
+    assert "care calibrate" in care(*common, "--kv-save", 0.75, code=1)
 
 
 @pytest.fixture
@@ -155,6 +204,11 @@ REFUSED = {
         "would replace the source",
     ),
     "report of a source": (["report", "SOURCE"], "care_manifest.json"),
+    "plan without statistics": (["plan", "SOURCE", "--stats", "/no/stats"], "no stats.json"),
+    "plot format": (["plan", "SOURCE", "--stats", "/no/stats", "--plot", "plan.txt"], ".svg, .png, .pdf"),
+    "plot folder": (["plan", "SOURCE", "--stats", "/no/stats", "--plot", "/no/plan.svg"], "not a directory"),
+    "no refit ridge": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--refit-ridge", "0"], "--refit-ridge"),
+    "coupling": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--fisher-coupling", "x"], "--fisher-coupling"),
     "long windows": (["eval", "SOURCE", "--text", "TEXT", "--seqlen", "100000"], "tokens, 8 windows"),
 }
 
@@ -169,8 +223,10 @@ def test_refusals(care: Care, case: str, source: Path, tmp_path: Path, text_file
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_usage_error(care: Care, source: Path) -> None:
+def test_usage_errors(care: Care, source: Path) -> None:
     assert "--out" in care("convert", source, code=2)
+    assert "0.5,0.75" in care("plan", source, "--stats", "x", "--kv-save", "half", code=2)
+    assert "--method" in care("plan", source, "--stats", "x", "--layout", "split", code=2)
 
 
 def test_unknown_architecture(care: Care, source: Path, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from tiny import byte_tokenizer, tiny_model
 
 import care_mla
 from care_mla.calibration import collect_fisher, collect_moments, make_windows
-from care_mla.calibration.collect import _sampled_loss
-from care_mla.errors import CalibrationError, ConfigError
+from care_mla.calibration.collect import _sampled_gradient
+from care_mla.errors import CalibrationError, ConfigError, NumericalError
 from care_mla.families import get_family
 from care_mla.geometry import Geometry
 from care_mla.linalg import decompose, truncate
-from care_mla.mapping import latent_tensors
+from care_mla.mapping import latent_tensors, predicted_loss_increase
+from care_mla.mapping.latent import reconstruction_error
 from care_mla.methods import METHODS, Weighting
 from care_mla.ranks import allocate, make_budget
 from care_mla.stats import FisherMoments, LayerStatistics, Moments
@@ -166,7 +167,7 @@ def test_collected_gradients_equal_autograd(name: str, padded: bool, tmp_path: P
     (batch,) = windows.batches(4)
     counted = batch.attention_mask.bool()
     logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    _sampled_loss(logits, counted, torch.Generator().manual_seed(7)).backward()
+    logits.backward(_sampled_gradient(logits, counted, torch.Generator().manual_seed(7)))
     for handle in handles:
         handle.remove()
     y = torch.cat([o.detach() - (0 if b is None else b.detach()) for o, b in outputs.values()], -1)[counted]
@@ -188,6 +189,70 @@ def test_pipeline_refuses_what_does_not_fit(tiny: Callable[..., Path], tmp_path:
     with pytest.raises(CalibrationError, match="--fisher"):
         care_mla.convert(source, tmp_path / "out", kv_save=0.5, method="fisher", stats=stats)
     assert not (tmp_path / "out").exists()
+
+
+def test_sampled_gradient_is_that_of_cross_entropy() -> None:
+    """Labels are read off the gradient itself; padding gets none, and the draws follow the prediction."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (2 * torch.randn(2, 500, 6, generator=generator)).requires_grad_()
+    counted = torch.ones(2, 500, dtype=torch.long)
+    counted[1, 300:] = 0
+    gradient = _sampled_gradient(logits, counted, generator)
+    labels = gradient.argmin(-1)[counted.bool()]
+    torch.nn.functional.cross_entropy(logits[counted.bool()], labels, reduction="sum").backward()
+    torch.testing.assert_close(gradient, logits.grad)
+    drawn = torch.bincount(labels, minlength=6) / len(labels)
+    torch.testing.assert_close(drawn, logits[counted.bool()].softmax(-1).mean(0), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["joint", "split"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_predicted_loss_increase_is_the_quadratic_form(layout: str, centred: bool) -> None:
+    """Where gradients do not depend on outputs, E[(g^T e)^2] / 2 measured on many tokens."""
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randn(40000, 8, generator=generator, dtype=torch.float64) @ mix + 0.7
+    g = torch.randn(40000, 8, generator=generator, dtype=torch.float64) @ mix.T.flip(0) * 0.1
+    moments, fisher = Moments.zeros(8, 8), FisherMoments.zeros(8)
+    moments.update(y, y)
+    fisher.update(y, g, moments.second_moment)
+    blocks = [slice(0, 8)] if layout == "joint" else [slice(0, 4), slice(4, 8)]
+    factors = [truncate(decompose(moments.second_moment[rows, rows]), 3) for rows in blocks]
+    mean = moments.mean if centred else None
+    error = reconstruction_error(factors, 8, layout=layout)
+    lost = (y - (moments.mean if centred else 0.0)) @ error.T
+    measured = 0.5 * float((lost * g).sum(1).square().mean())
+    predicted = predicted_loss_increase(factors, LayerStatistics(moments, fisher), layout=layout, mean=mean)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_block_coupling_weighs_keys_and_values_apart() -> None:
+    statistics = _statistics()
+    full = METHODS["fisher"].metric(statistics, W, Weighting()).output_metric
+    block = METHODS["fisher"].metric(statistics, W, Weighting(fisher_coupling="block")).output_metric
+    assert float(full[:4, 4:].abs().max()) > 1e-3 and float(block[:4, 4:].abs().max()) < 1e-12
+
+
+def test_effective_rank() -> None:
+    fisher = _statistics().fisher
+    assert 1 < fisher.effective_rank < 8
+    fisher.gradient_second = torch.eye(8, dtype=torch.float64)
+    assert fisher.effective_rank == pytest.approx(8)
+    fisher.gradient_second = torch.ones(8, 8, dtype=torch.float64)
+    assert fisher.effective_rank == pytest.approx(1)
+
+
+def test_too_few_tokens_are_counted_and_named(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    source = tiny()
+    few = {"calibration": {"calibration": str(text_file), "samples": 2, "seqlen": 16}}
+    (note,) = care_mla.convert(source, tmp_path / "noted", kv_save=0.5, **few)["notes"]
+    assert "calibrated on 32 tokens, fewer than the 64 directions" in note and "effective rank" in note
+    with pytest.raises(
+        NumericalError, match=r"layer 0, calibrated on 32 tokens: .* has \d+ independent directions of 64"
+    ):
+        care_mla.convert(source, tmp_path / "refused", kv_save=0.5, fisher_shrinkage=0.0, **few)
+    enough = {"calibration": {"calibration": str(text_file), "samples": 8, "seqlen": 32}}
+    assert care_mla.convert(source, tmp_path / "silent", kv_save=0.5, **enough)["notes"] == []
 
 
 def test_dead_layer_is_named(text_file: Path) -> None:

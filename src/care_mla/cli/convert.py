@@ -143,3 +143,4 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
         table.add_row("predicted loss increase", f"{manifest['predicted_loss_increase']:.4f} nats per token{before}")
     table.add_row("report", str(out / pipeline.REPORT))
     Console().print(table)
+    options.show_notes(manifest["notes"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
@@ -40,6 +43,12 @@ RankMultiple = Annotated[int | None, typer.Option("--rank-multiple", help="Ranks
 def given(**options: object) -> dict[str, object]:
     """Only the options that the user set; the rest keep the defaults of `config.py`."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """What the user should know though nothing failed."""
+    for note in notes:
+        Console(stderr=True).print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -60,6 +60,7 @@ def plan(
         if forecasts[0].predicted_loss_increase is not None
         else "no prediction: these statistics were collected without --fisher"
     )
+    options.show_notes(forecasts[0].notes)
     if json_out is not None:
         pipeline.write_json(json_out, {"forecasts": [forecast.to_dict() for forecast in forecasts]})
     pipeline.plot_forecasts(source, forecasts, plot)

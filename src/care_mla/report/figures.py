@@ -115,21 +115,34 @@ def spectra(energies: Tensor, ranks: Sequence[int], block: str) -> str:
 
 def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
     """Relative squared error of rebuilt keys and values on the calibration text."""
+    lines = {BLOCK_NAMES[b]: (COLORS[b], [layer["relative_error"][b] for layer in layers]) for b in ("k", "v")}
+    return _by_layer(lines, "E|y - y'|² / E|y|²")
+
+
+def layer_refits(layers: Sequence[dict[str, Any]]) -> str:
+    """Relative error of the attention's contribution to the residual stream, before and after the refit."""
+    colors = {"before": "#6b7280", "after": "#0f766e"}
+    lines = {name: (color, [layer["output_error"][name] for layer in layers]) for name, color in colors.items()}
+    return _by_layer(lines, "E|t - W a|² / E|t|²")
+
+
+def _by_layer(lines: dict[str, tuple[str, list[float]]], label: str) -> str:
+    def draw(axes: Axes) -> None:
+        for name, (color, values) in lines.items():
+            shown = [max(value, 1e-12) for value in values]
+            axes.semilogy(range(len(shown)), shown, "o-", color=color, markersize=3, linewidth=1, label=name)
+        axes.set(xlabel="layer", ylabel=label)
+        axes.legend(fontsize=8)
+
+    return _svg(draw)
+
+
+def layer_losses(layers: Sequence[dict[str, Any]]) -> str:
+    """Predicted loss increase of every layer."""
 
     def draw(axes: Axes) -> None:
-        for block in ("k", "v"):
-            values = [max(layer["relative_error"][block], 1e-12) for layer in layers]
-            axes.semilogy(
-                range(len(values)),
-                values,
-                "o-",
-                color=COLORS[block],
-                markersize=3,
-                linewidth=1,
-                label=BLOCK_NAMES[block],
-            )
-        axes.set(xlabel="layer", ylabel="E|y - y'|² / E|y|²")
-        axes.legend(fontsize=8)
+        axes.bar(range(len(layers)), [layer["predicted_loss_increase"] for layer in layers], color="#0f766e", width=0.8)
+        axes.set(xlabel="layer", ylabel="nats per token")
 
     return _svg(draw)
 

@@ -23,6 +23,7 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
     blocks = BLOCKS[plan["layout"]]
     parity = 2 * geometry["num_kv_heads"] * geometry["head_dim"]
     environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
+    layers = manifest["layers"]
     measured = evaluations[-1] if evaluations else None
     cache_figure = None
     if measured is not None:
@@ -41,6 +42,9 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
             figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
             for index, block in enumerate(blocks)
         ],
-        error_figure=figures.layer_errors(manifest["layers"]),
+        error_figure=figures.layer_errors(layers),
         cache_figure=cache_figure,
+        measured=measured,
+        loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
+        refit_figure=figures.layer_refits(layers) if manifest["recipe"]["refit"] else None,
     )
