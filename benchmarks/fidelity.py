@@ -6,7 +6,8 @@ Every conversion goes through the public pipeline: CARE-U is `--method care --la
 `care convert SOURCE --kv-save X` with nothing else said, both from the same statistics (128 x 256 tokens) at the same number of
 cached elements. Calibrated on WikiText-2 validation, C4 documents 0-149, Alpaca items 0-499, or text that the model writes
 itself; evaluated on WikiText-2 test, C4 documents 220-299 and Alpaca items 700-998, which no option was ever chosen on. What is
-finished is kept in --work, so an interrupted run goes on where it was. Writes benchmarks/results/fidelity.json.
+finished is kept in --work, so an interrupted run goes on where it was, and several may share the corpora between them
+(--calibrations); a last run over all of them makes the tables. Writes benchmarks/results/fidelity.json.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from typing import Any
 
 import torch
 from rich import print as show
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import care_mla
 from care_mla.calibration import load_text, load_tokenizer
 from care_mla.calibration.corpus import tokenize
 from care_mla.cli import quiet_libraries
-from care_mla.evaluation import evaluate_model, evaluation_windows
+from care_mla.evaluation import evaluation_windows
 from care_mla.pipeline import versions, write_json
 
 BUDGETS = (0.5, 0.75, 0.875)
-WINDOWS = {512: 8, 2048: 4}
+WINDOWS = {512: 8, 2048: 2}
 RECIPES: dict[str, dict[str, str]] = {
     "care-u": {"method": "care", "layout": "split", "ranks": "uniform"},
     "default": {},
@@ -74,20 +75,28 @@ def choice_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     right = {"plain": 0, "per_byte": 0}
     lines = path.read_text(encoding="utf-8").splitlines()[:CHOICE_ITEMS]
     for item in map(json.loads, lines):
-        scores = []
         query = tokenize(tokenizer, item["query"].rstrip() + "\nAnswer:")
-        rows = [torch.cat([query, tokenize(tokenizer, " " + choice.strip())]) for choice in item["choices"]]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: no earlier token sees it
-        logits = model(padded, use_cache=False).logits
-        for row, predicted, choice in zip(rows, logits, item["choices"], strict=True):
-            answer = row[len(query) :]
-            likelihood = log_softmax(predicted[len(query) - 1 : len(row) - 1].float(), -1)
-            scores.append((float(likelihood.gather(1, answer[:, None]).sum()), len(choice.strip().encode())))
-        best = max(range(len(scores)), key=lambda i: scores[i][0])
-        best_per_byte = max(range(len(scores)), key=lambda i: scores[i][0] / scores[i][1])
-        right["plain"] += best == item["gold"]
-        right["per_byte"] += best_per_byte == item["gold"]
+        choices = [choice.strip() for choice in item["choices"]]
+        answers = [tokenize(tokenizer, " " + choice) for choice in choices]
+        read = model(query[None], use_cache=True, logits_to_keep=1)  # the query once, its cache for every choice
+        read.past_key_values.batch_repeat_interleave(len(choices))
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)  # on the right: no earlier token sees it
+        rest = model(padded, past_key_values=read.past_key_values, use_cache=True).logits
+        predictions = torch.cat([read.logits.expand(len(choices), -1, -1), rest], dim=1).log_softmax(-1)
+        scores = []
+        for answer, predicted, choice in zip(answers, predictions, choices, strict=True):
+            likelihood = float(predicted[: len(answer)].gather(1, answer[:, None]).sum())
+            scores.append((likelihood, likelihood / len(choice.encode())))
+        for which, name in enumerate(right):
+            right[name] += max(range(len(scores)), key=lambda i: scores[i][which]) == item["gold"]
     return {name: count / len(lines) for name, count in right.items()}
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Cross entropy over windows [count, seqlen], nats per predicted token."""
+    losses = [cross_entropy(model(row[None], use_cache=False).logits[0, :-1].float(), row[1:]) for row in windows]
+    return float(torch.stack(losses).mean())
 
 
 class Rows:
@@ -116,7 +125,7 @@ def measure(arguments: argparse.Namespace, rows: Rows) -> None:
     }
 
     def losses(model: PreTrainedModel) -> dict[str, float]:
-        return {f"{text} {seqlen}": evaluate_model(model, ids).loss for (text, seqlen), ids in windows.items()}
+        return {f"{text} {seqlen}": mean_loss(model, ids) for (text, seqlen), ids in windows.items()}
 
     def choices(model: PreTrainedModel) -> dict[str, Any]:
         return {name: choice_accuracy(model, tokenizer, arguments.data / file) for name, file in CHOICE_FILES.items()}
@@ -133,7 +142,7 @@ def measure(arguments: argparse.Namespace, rows: Rows) -> None:
             key = f"{corpus} {seed} {kv_save} {recipe}"
             if key in rows.done:
                 continue
-            out = arguments.work / "converted"
+            out = arguments.work / f"converted-{corpus}-{seed}"
             manifest = care_mla.convert(arguments.model, out, stats=stats, kv_save=kv_save, overwrite=True, **options)
             model = care_mla.load(out)
             row: dict[str, Any] = {
@@ -145,7 +154,7 @@ def measure(arguments: argparse.Namespace, rows: Rows) -> None:
                 "predicted_loss_increase": manifest["predicted_loss_increase"],
                 "losses": losses(model),
             }
-            if (seed, corpus) == first:
+            if (seed, corpus) == first and not arguments.skip_choices:
                 row["choices"] = choices(model)
             rows.add(key, row)
 
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="kept between runs")
     parser.add_argument("--calibrations", nargs="+", default=["c4", "wikitext2"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--skip-choices", action="store_true", help="leave multiple choice to another run")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "fidelity.json")
     arguments = parser.parse_args()
     quiet_libraries()
