@@ -10,7 +10,8 @@ from jaxtyping import install_import_hook
 
 # Shapes of the numerical folders are checked at run time throughout the suite.
 _hook = install_import_hook(
-    ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.mapping"], "beartype.beartype"
+    ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.rope", "care_mla.mapping"],
+    "beartype.beartype"
 )
 with _hook:
     import care_mla.mapping

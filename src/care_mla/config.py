@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from care_mla.errors import ConfigError
 from care_mla.methods import Coupling, Weighting
 from care_mla.ranks.plan import Layout
+from care_mla.rope import RopeMode
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -65,6 +66,9 @@ class Recipe(Settings):
     Attributes:
         ranks: allocator; None is `fisher` for method fisher, else `uniform`.
         shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`.
+        rope: which pairs stay rotary in layout mla, see `rope.select`.
+        qk_rope_head_dim: width of the shared rotary key in layout mla; None: the head's own width.
+        context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `REFIT_FROM` saving on.
         refit_tokens: calibration tokens that the refit reads.
@@ -85,6 +89,9 @@ class Recipe(Settings):
     fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, ge=0.0, le=1.0)
     fisher_coupling: Coupling = "full"
+    rope: RopeMode = "free"
+    qk_rope_head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    context: int = Field(8192, ge=2)
     refit: bool | None = None
     refit_tokens: int = Field(8192, ge=1)
     refit_ridge: float = Field(0.1, gt=0.0)
@@ -92,7 +99,8 @@ class Recipe(Settings):
 
     def refits(self, kv_save: float) -> bool:
         """Whether output projections are refitted at this saving."""
-        return self.refit if self.refit is not None else self.method == "fisher" and kv_save >= REFIT_FROM
+        by_default = self.method == "fisher" and self.layout != "mla" and kv_save >= REFIT_FROM
+        return by_default if self.refit is None else self.refit
 
     @property
     def allocator(self) -> str:

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,16 +28,26 @@ from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
 from care_mla.mapping import (
     EXPRESSES,
+    AttentionWeights,
     dense_projections,
     latent_tensors,
+    mla_tensors,
+    position_free,
     predicted_loss_increase,
     relative_errors,
     split_blocks,
 )
-from care_mla.methods import get_method
+from care_mla.methods import Metric, get_method
 from care_mla.progress import Track, silent
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
 from care_mla.ranks.plan import BLOCKS, Layout
+from care_mla.rope import (
+    RotarySelection,
+    complex_moment,
+    components,
+    dropped_rotation,
+    select,
+)
 from care_mla.stats import LayerStatistics, StatisticsStore, StatisticsWriter
 
 if TYPE_CHECKING:
@@ -78,14 +88,38 @@ class Source:
             [self.projection(layer, name)[0].double() for name in (self.family.k_proj, self.family.v_proj)]
         )
 
-    def latent_tensors(
-        self, layer: int, factors: Sequence[Factors], layout: Layout, mean: Tensor | None
-    ) -> dict[str, Tensor]:
+    def converted_tensors(self, layer: int, factors: Sequence[Factors], spectra: LayerSpectra) -> dict[str, Tensor]:
         """Weights of a converted attention module, by name, float64."""
-        _, k_bias = self.projection(layer, self.family.k_proj)
-        _, v_bias = self.projection(layer, self.family.v_proj)
-        return latent_tensors(
-            factors, self.stacked_weights(layer), layout=layout, k_bias=k_bias, v_bias=v_bias, mean=mean
+        family, mean = self.family, spectra.means[layer]
+        _, k_bias = self.projection(layer, family.k_proj)
+        _, v_bias = self.projection(layer, family.v_proj)
+        if not spectra.selections:
+            stacked = self.stacked_weights(layer)
+            return latent_tensors(factors, stacked, layout=spectra.layout, k_bias=k_bias, v_bias=v_bias, mean=mean)
+        attention = self.family.attention_name(layer)
+
+        def read(name: str) -> Tensor | None:
+            tensor = self.reader.get(f"{attention}.{name}")
+            return None if tensor is None else tensor.double()
+
+        weights = AttentionWeights(
+            q=self.reader[f"{attention}.{family.q_proj}.weight"].double(),
+            k=self.projection(layer, family.k_proj)[0].double(),
+            v=self.projection(layer, family.v_proj)[0].double(),
+            o=self.reader[f"{attention}.{family.o_proj}.weight"].double(),
+            q_bias=read(f"{family.q_proj}.bias"),
+            k_bias=None if k_bias is None else k_bias.double(),
+            v_bias=None if v_bias is None else v_bias.double(),
+            o_bias=read(f"{family.o_proj}.bias"),
+        )
+        geometry = self.geometry
+        return mla_tensors(
+            weights,
+            spectra.selections[layer],
+            factors[0],
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            mean=mean,
         )
 
 
@@ -102,16 +136,18 @@ def open_source(source: str | Path) -> Source:
     return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
 
 
-def require_expressible(family: FamilySpec, config: dict[str, Any]) -> None:
-    """Refuse a source with a feature that the latent layouts would drop.
+def require_expressible(family: FamilySpec, config: dict[str, Any], layout: Layout = "joint") -> None:
+    """Refuse a source with a feature that a layout would drop.
 
     Raises:
         UnsupportedModelError
     """
-    lost = [feature for feature in family.features(config) if feature not in EXPRESSES]
+    lost = [feature for feature in family.features(config) if feature not in EXPRESSES[layout]]
     if lost:
+        able = [name for name, kept in EXPRESSES.items() if set(lost) <= set(kept)]
+        hint = f"; choose --layout {' or '.join(able)}" if able else ""
         raise UnsupportedModelError(
-            f"this {family.model_type} model has {', '.join(lost)}, which the latent layouts cannot express"
+            f"this {family.model_type} model has {', '.join(lost)}, which layout {layout} cannot express{hint}"
         )
 
 
@@ -169,7 +205,7 @@ class Inspection:
     """What config.json alone tells of a source.
 
     Attributes:
-        features: (feature, how this model has it, how the latent layouts keep it or "no").
+        features: (feature, how this model has it, how layouts split and joint keep it, how mla does; or "no").
     """
 
     architecture: str
@@ -177,7 +213,7 @@ class Inspection:
     dtype: str
     element_bytes: int
     budgets: list[BudgetRow]
-    features: list[tuple[str, str, str]]
+    features: list[tuple[str, str, str, str]]
 
 
 def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -> Inspection:
@@ -200,7 +236,10 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
         dtype=dtype,
         element_bytes=getattr(torch, dtype).itemsize,
         budgets=rows,
-        features=[(name, how, EXPRESSES.get(name, "no")) for name, how in family.features(config).items()],
+        features=[
+            (name, how, EXPRESSES["joint"].get(name, "no"), EXPRESSES["mla"].get(name, "no"))
+            for name, how in family.features(config).items()
+        ],
     )
 
 
@@ -287,9 +326,12 @@ class LayerSpectra:
         self, source: Source, statistics: StatisticsStore, recipe: Recipe, directory: Path, *, track: Track = silent
     ):
         self.directory = directory
+        self.layout = recipe.layout
         self.num_blocks = len(BLOCKS[recipe.layout])
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
         self.means: list[Tensor | None] = []  # [layer]
+        self.selections: list[RotarySelection] = []  # [layer], layout mla
+        self.rotation_cost: Tensor | None = None  # [frequencies], layout mla
         self.notes: list[str] = []  # what the user should know of the statistics
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
@@ -300,6 +342,10 @@ class LayerSpectra:
             self._note_evidence(layer, collected, recipe)
             metric = method.metric(collected, source.stacked_weights(layer), recipe.weighting)
             self.means.append(metric.mean)
+            if recipe.layout == "mla":
+                selection = self._select(source, metric, recipe)
+                self.selections.append(selection)
+                metric = metric.carrying(position_free(selection))
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
                 try:
@@ -312,6 +358,27 @@ class LayerSpectra:
                     self._file(layer, block),
                 )
                 self.energies[block].append(spectrum.energies)
+
+    def _select(self, source: Source, metric: Metric, recipe: Recipe) -> RotarySelection:
+        """Which pairs of one layer's keys stay rotary."""
+        geometry = source.geometry
+        if self.rotation_cost is None:
+            from care_mla.modeling import rotary_frequencies
+
+            self.rotation_cost = dropped_rotation(rotary_frequencies(source.reader.config), recipe.context)
+        keys = metric.block(split_blocks("split", geometry.kv_width)[0])
+        about_zero = keys.second_moment
+        if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
+            about_zero = about_zero + torch.outer(keys.mean, keys.mean)
+        moment = complex_moment(about_zero, geometry.head_dim)
+        weights = None if keys.output_metric is None else complex_moment(keys.output_metric, geometry.head_dim)
+        if recipe.rope == "transmla":
+            moment, weights = moment.real.to(moment.dtype), None
+        return select(components(moment, weights), self.rotation_cost, _rope_width(recipe, geometry) // 2, recipe.rope)
+
+    def carried(self, layer: int) -> Tensor | None:
+        """B where a layer's latent carries B [k ; v]; None: all of it."""
+        return position_free(self.selections[layer]) if self.selections else None
 
     def _note_evidence(self, layer: int, collected: LayerStatistics, recipe: Recipe) -> None:
         """Fewer tokens than directions: what the shrinkage is filling in. One note, of the first layer."""
@@ -346,13 +413,23 @@ def _require_recipe(source: Source, recipe: Recipe) -> Budget:
         raise ConfigError(
             f"--ranks fisher spends the budget by predicted loss, which --method {recipe.method} does not know; use --ranks energy"
         )
+    require_expressible(source.family, source.reader.config, recipe.layout)
     budget = make_budget(
         source.geometry, recipe.layout, rank=recipe.rank, kv_save=recipe.kv_save, cache_elements=recipe.cache_elements
     )
+    if recipe.layout == "mla":
+        if recipe.refit:
+            raise ConfigError("--refit is not available with --layout mla")
+        budget = budget.with_rope(_rope_width(recipe, source.geometry))
     check_allocation(
         recipe.allocator, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
     )
     return budget
+
+
+def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
+    """Width of the shared rotary key in layout mla."""
+    return geometry.head_dim if recipe.qk_rope_head_dim is None else recipe.qk_rope_head_dim
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
@@ -550,21 +627,20 @@ def convert(
         plan = _allocate(spectra, budget, chosen)
         refits = chosen.refits(plan.kv_save(opened.geometry))
         propagation = _propagation(opened, statistics, chosen, device) if refits else None
-        writer = _CheckpointBuilder(opened, chosen, plan, staging, refits=refits)
+        writer = _CheckpointBuilder(opened, chosen, plan, staging)
         layers = []
         title = "Refitting and writing layers" if refits else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            tensors = opened.latent_tensors(layer, factors, plan.layout, spectra.means[layer])
+            tensors = opened.converted_tensors(layer, factors, spectra)
             record = _layer_record(spectra, statistics, plan, layer)
-            output: Tensor | None = None
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
-                output = refitted.weight
+                tensors[f"{opened.family.o_proj}.weight"] = refitted.weight
                 record["output_error"] = {"before": refitted.error_before, "after": refitted.error_after}
-            writer.add_layer(layer, tensors, output)
+            writer.add_layer(layer, tensors)
             layers.append(record)
-        writer.finish()
+        writer.finish([s.frequencies.tolist() for s in spectra.selections] or None)
         save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
         manifest = {
             "format": "care-mla manifest 1",
@@ -608,7 +684,7 @@ def _workspace(staging: Path) -> Iterator[Path]:
 class _CheckpointBuilder:
     """Streams the converted checkpoint: all tensors but the key and value projections are copied one by one."""
 
-    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path, *, refits: bool):
+    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
         from care_mla.modeling import LANGUAGE_MODEL
 
         self.source, self.plan, self.directory = source, plan, directory
@@ -619,45 +695,38 @@ class _CheckpointBuilder:
         )
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
-        self.biases: tuple[bool, bool] = (False, False)
-        replaced = {
-            f"{family.attention_name(layer)}.{name}"
+        self.biases: set[str] = set()
+        self.replaced = {
+            f"{family.attention_name(layer)}.{projection}.{kind}"
             for layer in range(source.geometry.num_layers)
-            for name in (
-                *(f"{p}.{kind}" for p in (family.k_proj, family.v_proj) for kind in ("weight", "bias")),
-                *([f"{family.o_proj}.weight"] if refits else []),
-            )
+            for projection in (family.k_proj, family.v_proj)
+            for kind in ("weight", "bias")
         }
-        self._copy(name for name in source.reader.names if name not in replaced)
 
-    def _copy(self, names: Iterable[str]) -> None:
-        for name in names:
-            tensor = self.source.reader[name]
-            self.writer.add(
-                self.prefix + name,
-                tensor if self.keep_dtypes or not tensor.is_floating_point() else tensor.to(self.dtype),
-            )
-
-    def add_layer(self, layer: int, tensors: dict[str, Tensor], output: Tensor | None) -> None:
-        """The latent projections of one layer, and its output projection where that was refitted."""
-        self.biases = ("k_b_proj.bias" in tensors, "v_b_proj.bias" in tensors)
-        if output is not None:
-            tensors = {**tensors, f"{self.source.family.o_proj}.weight": output}
+    def add_layer(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """The converted projections of one layer, in place of the source's of the same name."""
+        self.biases |= {name for name in tensors if name.endswith(".bias")}
+        attention = self.source.family.attention_name(layer)
         for name, tensor in tensors.items():
-            self.writer.add(f"{self.prefix}{self.source.family.attention_name(layer)}.{name}", tensor.to(self.dtype))
+            self.replaced.add(f"{attention}.{name}")
+            self.writer.add(f"{self.prefix}{attention}.{name}", tensor.to(self.dtype))
 
-    def finish(self) -> None:
-        """Shards, index, config.json and everything that travels with a checkpoint."""
+    def finish(self, rope_frequencies: list[list[int]] | None) -> None:
+        """Everything that was not replaced, shards, index, config.json and what travels with a checkpoint."""
         from care_mla.modeling import converted_config
 
+        for name in self.source.reader.names:
+            if name not in self.replaced:
+                tensor = self.source.reader[name]
+                kept = self.keep_dtypes or not tensor.is_floating_point()
+                self.writer.add(self.prefix + name, tensor if kept else tensor.to(self.dtype))
         self.writer.finish()
-        k_bias, v_bias = self.biases
         config = converted_config(
             self.source.reader.config,
             self.plan,
-            k_bias=k_bias,
-            v_bias=v_bias,
+            biases=self.biases,
             dtype=str(self.dtype).removeprefix("torch."),
+            rope_frequencies=rope_frequencies,
         )
         write_json(self.directory / "config.json", config)
         copy_side_files(self.source.directory, self.directory)
@@ -676,10 +745,17 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
         layout=plan.layout,
         plain_mean=collected.moments.mean,
         mean=mean,
+        carried=spectra.carried(layer),
     )
-    predicted = (
-        None if collected.fisher is None else predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean)
-    )
+    predicted: float | None = None
+    if collected.fisher is not None:
+        carried = spectra.carried(layer)
+        predicted = predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean, carried=carried)
+        if spectra.rotation_cost is not None:
+            keys = split_blocks("split", len(collected.fisher.output_sum) // 2)[0]
+            curvature = collected.fisher.curvature(collected.moments.second_moment)[keys, keys]
+            moment = collected.fisher.second_moment[keys, keys]
+            predicted += predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,

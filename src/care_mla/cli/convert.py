@@ -24,7 +24,13 @@ def convert(
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics of `care calibrate`; otherwise calibrate now.")
     ] = None,
-    layout: Annotated[str | None, typer.Option("--layout", help="split or joint latent.  [default: joint]")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout",
+            help="joint or split latent, RoPE kept whole; mla: one latent and a shared rotary key.  [default: joint]",
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option("--method", help=f"{', '.join(METHODS)}.  [default: fisher]")] = None,
     ranks: Annotated[
         str | None,
@@ -52,6 +58,17 @@ def convert(
     fisher_coupling: Annotated[
         str | None,
         typer.Option("--fisher-coupling", help="full, or block: keys and values weighed apart.  [default: full]"),
+    ] = None,
+    rope: Annotated[
+        str | None,
+        typer.Option("--rope", help="Layout mla: free, stock or transmla choice of the rotary pairs.  [default: free]"),
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None,
+        typer.Option("--qk-rope-head-dim", help="Layout mla: width of the rotary key.  [default: the head's]"),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Layout mla: positions attention must span.  [default: 8192]")
     ] = None,
     refit: Annotated[
         bool | None,
@@ -94,6 +111,9 @@ def convert(
         fisher_exponent=fisher_exponent,
         fisher_shrinkage=fisher_shrinkage,
         fisher_coupling=fisher_coupling,
+        rope=rope,
+        qk_rope_head_dim=qk_rope_head_dim,
+        context=context,
         refit=refit,
         refit_tokens=refit_tokens,
         refit_ridge=refit_ridge,

@@ -44,10 +44,8 @@ def inspect(
     console.print(cache)
 
     kept = Table(title="Features a conversion must keep")
-    for column in ("feature", "in this model", "latent layouts (split, joint)"):
+    for column in ("feature", "in this model", "layouts split, joint", "layout mla"):
         kept.add_column(column)
-    for name, how, answer in facts.features:
-        kept.add_row(name, how, answer)
-    console.print(
-        kept if facts.features else "No feature beyond plain attention with RoPE; both latent layouts express it."
-    )
+    for feature in facts.features:
+        kept.add_row(*feature)
+    console.print(kept if facts.features else "No feature beyond plain attention with RoPE; all layouts express it.")

@@ -1,7 +1,7 @@
 """Factors to checkpoint tensors, one file a target layout."""
 
+from care_mla.mapping import latent, mla
 from care_mla.mapping.latent import (
-    EXPRESSES,
     DenseProjections,
     dense_projections,
     latent_tensors,
@@ -9,12 +9,20 @@ from care_mla.mapping.latent import (
     relative_errors,
     split_blocks,
 )
+from care_mla.mapping.mla import AttentionWeights, mla_tensors, position_free
+from care_mla.ranks.plan import Layout
+
+EXPRESSES: dict[Layout, dict[str, str]] = {"split": latent.EXPRESSES, "joint": latent.EXPRESSES, "mla": mla.EXPRESSES}
+"""By layout: features of a source (`FamilySpec.features`) that it keeps, and how. One that is not there cannot be converted."""
 
 __all__ = [
     "EXPRESSES",
+    "AttentionWeights",
     "DenseProjections",
     "dense_projections",
     "latent_tensors",
+    "mla_tensors",
+    "position_free",
     "predicted_loss_increase",
     "relative_errors",
     "split_blocks",

@@ -26,12 +26,12 @@ EXPRESSES: dict[str, str] = {
     "RoPE scaling": "keys are rotated by the model's own rotary module",
     "tied embeddings": "unchanged",
 }
-"""Features of a source (`FamilySpec.features`) that this layout keeps, and how. One that is not here cannot be converted."""
+"""Features of a source (`FamilySpec.features`) that these layouts keep, and how. One that is not here cannot be converted."""
 
 
 def split_blocks(layout: Layout, kv_width: int) -> tuple[slice, ...]:
     """Rows of y = [keys ; values] that each latent of a layout covers."""
-    if layout == "joint":
+    if layout != "split":
         return (slice(0, 2 * kv_width),)
     return (slice(0, kv_width), slice(kv_width, 2 * kv_width))
 
@@ -127,6 +127,7 @@ def predicted_loss_increase(
     *,
     layout: Layout,
     mean: Float[Tensor, "m"] | None = None,
+    carried: Float[Tensor, "m m"] | None = None,
 ) -> float:
     """Loss increase of converting this layer alone, in nats per token, to second order: tr(H E M E^T) / 2, E = I - P.
 
@@ -136,11 +137,13 @@ def predicted_loss_increase(
     Args:
         statistics: with Fisher statistics.
         mean: mu given back as a constant, if the conversion was centred.
+        carried: B where the latent carries B y, not y; what B leaves out costs nothing here.
     """
     fisher = statistics.fisher
     assert fisher is not None
     deviation = _about(fisher.second_moment, fisher.mean, mean)
     error = reconstruction_error(factors, len(deviation), layout=layout)
+    error = error if carried is None else error @ carried
     curvature = fisher.curvature(statistics.moments.second_moment)
     return 0.5 * float(((curvature @ error) * (error @ deviation)).sum())
 
@@ -152,15 +155,18 @@ def relative_errors(
     layout: Layout,
     plain_mean: Float[Tensor, "m"] | None = None,
     mean: Float[Tensor, "m"] | None = None,
+    carried: Float[Tensor, "m m"] | None = None,
 ) -> tuple[float, float]:
     """E||y - y'||^2 / E||y||^2 of the keys and of the values: one yardstick for every method.
 
     Args:
         second_moment, plain_mean: E[y y^T] and E[y], neither shrunk nor weighted.
         mean: mu given back as a constant, if the conversion was centred.
+        carried: B where the latent carries B y, not y.
     """
     deviation = _about(second_moment, plain_mean, mean)
     error = reconstruction_error(factors, len(second_moment), layout=layout)
+    error = error if carried is None else error @ carried
     lost, total = (error @ deviation @ error.T).diagonal(), second_moment.diagonal()
     keys, values = split_blocks("split", len(second_moment) // 2)
     return float(lost[keys].sum() / total[keys].sum()), float(lost[values].sum() / total[values].sum())

@@ -4,7 +4,7 @@ from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.cache import LatentCache
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
-from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load
+from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
 
 __all__ = [
     "LANGUAGE_MODEL",
@@ -15,4 +15,5 @@ __all__ = [
     "converted_config",
     "gguf_to_directory",
     "load",
+    "rotary_frequencies",
 ]

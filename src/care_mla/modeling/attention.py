@@ -33,15 +33,10 @@ def absorbing_is_cheaper(num_queries: int, rank: int, num_heads: int, num_kv_hea
     return num_queries * num_heads * rank < rank * num_kv_heads * head_dim + num_queries * num_heads * head_dim
 
 
-class LatentAttention(nn.Module):
-    """Replaces `self_attn` of a source layer; q_proj, o_proj and the norms are the source's own modules.
+class ConvertedAttention(nn.Module):
+    """What the converted layouts share: the source attention's settings, its attention function, masked softmax weights."""
 
-    What is cached is `kv_a_proj(x)`. Keys: k_b_proj, bias, QK-norm, RoPE at their cached positions. Values: v_b_proj, or,
-    where that is cheaper, the attention weights are applied to the latents and v_b_proj to the result (exact: the map is
-    linear and the weights sum to one).
-    """
-
-    def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
+    def __init__(self, source: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
         super().__init__()
         geometry = family.geometry(config.text_config.to_dict())
         self.config = source.config
@@ -54,23 +49,65 @@ class LatentAttention(nn.Module):
         self.is_causal = True
         self.attention_dropout = source.attention_dropout
         self.attention_kwargs = {key: getattr(source, name, None) for key, name in family.attention_kwargs.items()}
+        self._eager = sys.modules[type(source).__module__].eager_attention_forward
+        # The absorbed paths are a plain softmax; a family that passes more (soft-cap, sinks) keeps its own attention function.
+        self._plain_softmax = set(self.attention_kwargs) <= {"sliding_window"}
 
-        rank = config.kv_lora_rank[layer_idx]
+    def _may_absorb(self) -> bool:
+        return self._plain_softmax and self.config._attn_implementation in ("eager", "sdpa") and not self.training
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
+        return attend(
+            self,
+            queries,
+            keys,
+            values,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.attention_kwargs,
+            **kwargs,
+        )
+
+    @staticmethod
+    def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax over the last dimension of [b, n_h, q, t], masked or causal."""
+        num_queries, lowest = scores.shape[-2], torch.finfo(scores.dtype).min
+        if mask is not None:
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        elif num_queries > 1:
+            past = scores.shape[-1] - num_queries
+            causal = torch.ones(num_queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril(past)
+            scores = scores.masked_fill(~causal, lowest)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+class LatentAttention(ConvertedAttention):
+    """Replaces `self_attn` of a source layer; q_proj, o_proj and the norms are the source's own modules.
+
+    What is cached is `kv_a_proj(x)`. Keys: k_b_proj, bias, QK-norm, RoPE at their cached positions. Values: v_b_proj, or,
+    where that is cheaper, the attention weights are applied to the latents and v_b_proj to the result (exact: the map is
+    linear and the weights sum to one).
+    """
+
+    def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
+        super().__init__(source, family, config, layer_idx)
+        rank, kv_width = config.kv_lora_rank[layer_idx], self.num_kv_heads * self.head_dim
         self.k_rank = rank if config.k_lora_rank is None else config.k_lora_rank[layer_idx]
         self.v_rank = rank if config.k_lora_rank is None else rank - self.k_rank
         self.q_proj = getattr(source, family.q_proj)
         self.o_proj = getattr(source, family.o_proj)
         self.q_norm = getattr(source, family.q_norm) if family.q_norm else nn.Identity()
         self.k_norm = getattr(source, family.k_norm) if family.k_norm else nn.Identity()
-        self.kv_a_proj = nn.Linear(geometry.hidden_size, rank, bias=False)
-        self.k_b_proj = nn.Linear(self.k_rank, geometry.kv_width, bias=config.k_bias)
-        self.v_b_proj = nn.Linear(self.v_rank, geometry.kv_width, bias=config.v_bias)
-        # The model's one rotary module and the family's eager function: used here, owned elsewhere (not submodules).
+        self.kv_a_proj = nn.Linear(self.q_proj.in_features, rank, bias=False)
+        self.k_b_proj = nn.Linear(self.k_rank, kv_width, bias=config.k_bias)
+        self.v_b_proj = nn.Linear(self.v_rank, kv_width, bias=config.v_bias)
+        # The model's one rotary module: used here, owned elsewhere (not a submodule).
         self._rotary: Callable[..., tuple[Tensor, Tensor]]
         object.__setattr__(self, "_rotary", rotary)
-        self._eager = sys.modules[type(source).__module__].eager_attention_forward
-        # `_absorbed` is a plain softmax; a family that passes more (soft-cap, sinks) keeps its own attention function.
-        self._plain_softmax = set(self.attention_kwargs) <= {"sliding_window"}
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         heads = x.view(*x.shape[:-1], -1, self.head_dim)
@@ -96,23 +133,12 @@ class LatentAttention(nn.Module):
         value_latent = latent[..., latent.shape[-1] - self.v_rank :]
 
         num_queries = hidden_states.shape[1]
-        implementation = self.config._attn_implementation
         absorb = absorbing_is_cheaper(num_queries, self.v_rank, self.num_heads, self.num_kv_heads, self.head_dim)
-        if absorb and self._plain_softmax and implementation in ("eager", "sdpa") and not self.training:
+        if absorb and self._may_absorb():
             output, weights = self._absorbed(queries, keys, value_latent, attention_mask), None
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self._eager)
-            output, weights = attend(
-                self,
-                queries,
-                keys,
-                self._heads(self.v_b_proj(value_latent)),
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **self.attention_kwargs,
-                **kwargs,
-            )
+            values = self._heads(self.v_b_proj(value_latent))
+            output, weights = self._attend(queries, keys, values, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
     def _absorbed(self, queries: Tensor, keys: Tensor, value_latent: Tensor, mask: Tensor | None) -> Tensor:
@@ -123,15 +149,7 @@ class LatentAttention(nn.Module):
         batch, _, num_queries, _ = queries.shape
         grouped = queries.reshape(batch, self.num_kv_heads, -1, self.head_dim)  # the heads of a group share its keys
         scores = (grouped @ keys.transpose(-1, -2)).view(batch, self.num_heads, num_queries, -1) * self.scaling
-        if mask is not None:
-            scores = (
-                scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-            )
-        elif num_queries > 1:
-            past = scores.shape[-1] - num_queries
-            causal = torch.ones(num_queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril(past)
-            scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(queries.dtype)
+        weights = self._weights(scores, mask)
         context = weights.view(batch, -1, weights.shape[-1]) @ value_latent  # [b, n_h * q, R_v]
         context = context.view(batch, self.num_kv_heads, -1, self.v_rank)
         up = self.v_b_proj.weight.view(self.num_kv_heads, self.head_dim, self.v_rank)
@@ -139,3 +157,63 @@ class LatentAttention(nn.Module):
         if self.v_b_proj.bias is not None:
             output = output + self.v_b_proj.bias.view(self.num_kv_heads, 1, self.head_dim)
         return output.view(batch, self.num_heads, num_queries, self.head_dim).transpose(1, 2)
+
+
+class MlaAttention(ConvertedAttention):
+    """DeepSeek's attention: a latent for position-free keys and values, and one rotary key shared by all heads.
+
+    What is cached is the latent and the rotary key, already turned. The rotary pairs turn at chosen frequencies of the
+    source's own rotary module (`rope_frequencies`), so every kind of RoPE scaling is the model's own.
+    """
+
+    def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
+        super().__init__(source, family, config, layer_idx)
+        assert config.rope_frequencies is not None
+        self.rank, self.frequencies = config.kv_lora_rank[layer_idx], config.rope_frequencies[layer_idx]
+        self.num_key_value_groups = 1
+        rope_width = 2 * len(self.frequencies)
+        q_proj, o_proj = getattr(source, family.q_proj), getattr(source, family.o_proj)
+        width, heads, d = q_proj.in_features, self.num_heads, self.head_dim
+        self.q_proj = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + rope_width, bias=config.k_bias)
+        self.kv_b_proj = nn.Linear(self.rank, heads * 2 * d, bias=False)
+        self.o_proj = nn.Linear(heads * d, o_proj.out_features, bias=config.o_bias)
+        # cos and sin carry YaRN's attention factor; the position-free part of a score needs its square too.
+        self.position_free_scale = getattr(rotary, "attention_scaling", 1.0) ** 2
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: LatentCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, num_queries, _ = hidden_states.shape
+        d = self.head_dim
+        cos, sin = (part[..., self.frequencies].repeat(1, 1, 2) for part in position_embeddings)
+        queries = self.q_proj(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
+        free = queries[..., :d] * self.position_free_scale
+        rotary = rotate(queries[..., d:], cos, sin)
+        cached = self.kv_a_proj_with_mqa(hidden_states)
+        turned = rotate(cached[:, None, :, self.rank :], cos, sin)[:, 0]
+        cached = torch.cat([cached[..., : self.rank], turned], dim=-1)
+        if past_key_values is not None:
+            cached = past_key_values.append_latent(cached, self.layer_idx)
+        latent, rotary_key = cached[..., : self.rank], cached[..., self.rank :]
+        up = self.kv_b_proj.weight.view(self.num_heads, 2 * d, self.rank)
+
+        # Per cached token and head: rebuilding costs 2d R, then 3d + P for each query; absorbed, 2R + P for each query.
+        if num_queries * 2 * self.rank < 2 * d * self.rank + num_queries * 2 * d and self._may_absorb():
+            scores = (free @ up[:, :d]) @ latent[:, None].transpose(-1, -2)
+            scores = (scores + rotary @ rotary_key[:, None].transpose(-1, -2)) * self.scaling
+            context = self._weights(scores, attention_mask) @ latent[:, None]
+            output, weights = (context @ up[:, d:].transpose(-1, -2)).transpose(1, 2), None
+        else:
+            rebuilt = self.kv_b_proj(latent).view(batch, latent.shape[1], self.num_heads, 2 * d).transpose(1, 2)
+            shared = rotary_key[:, None].expand(-1, self.num_heads, -1, -1)
+            keys = torch.cat([rebuilt[..., :d], shared], dim=-1)
+            output, weights = self._attend(
+                torch.cat([free, rotary], dim=-1), keys, rebuilt[..., d:], attention_mask, **kwargs
+            )
+        return self.o_proj(output.reshape(batch, num_queries, -1)), weights

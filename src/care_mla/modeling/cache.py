@@ -11,11 +11,11 @@ from transformers import DynamicCache, PreTrainedConfig
 
 
 class LatentCache(DynamicCache):
-    """Per layer one tensor [batch, 1, tokens, kv_lora_rank of the layer]; for the whole model one position per token.
+    """Per layer one tensor [batch, 1, tokens, cached width of the layer]; for the whole model one position per token.
 
     The latents sit in the `keys` slot of transformers' own cache layers with an empty `values` slot, so windows, beam
     reordering, cropping and offloading are transformers' code. Positions are kept because a key is rotated each time it
-    is read, and neither padding nor packed prompts let them be guessed.
+    is read, and neither padding nor packed prompts let them be guessed. Layout mla caches its rotary key turned, and needs none.
     """
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs: Any):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -17,10 +18,12 @@ class CareMlaConfig(PreTrainedConfig):
 
     Attributes:
         text_config: configuration of the source model, as its family writes it.
-        layout: "joint" (one latent for keys and values) or "split" (one each).
+        layout: "joint" (one latent for keys and values), "split" (one each) or "mla" (one, and a shared rotary key).
         kv_lora_rank: [num_layers] cached latent width of every layer, all blocks together.
         k_lora_rank: [num_layers] how many of these belong to the keys; None when joint.
-        k_bias, v_bias: whether rebuilt keys and values have a bias.
+        k_bias, v_bias: whether rebuilt keys (mla: the rotary key) and values have a bias.
+        o_bias: whether o_proj has a bias; layout mla, else the source's own.
+        rope_frequencies: [num_layers][qk_rope_head_dim / 2] index into the source's frequencies of every rotary pair; mla.
     """
 
     model_type = "care_mla"
@@ -32,6 +35,8 @@ class CareMlaConfig(PreTrainedConfig):
     k_lora_rank: list[int] | None = None
     k_bias: bool = False
     v_bias: bool = False
+    o_bias: bool = False
+    rope_frequencies: list[list[int]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -45,12 +50,18 @@ class CareMlaConfig(PreTrainedConfig):
 
 
 def converted_config(
-    source_config: dict[str, Any], plan: RankPlan, *, k_bias: bool, v_bias: bool, dtype: str
+    source_config: dict[str, Any],
+    plan: RankPlan,
+    *,
+    biases: Collection[str],
+    dtype: str,
+    rope_frequencies: list[list[int]] | None = None,
 ) -> dict[str, Any]:
     """config.json of a converted checkpoint; the source's own config is kept whole under `text_config`.
 
     Args:
         source_config: the source's config.json.
+        biases: names of the biases that every converted attention has.
         dtype: of the written weights, e.g. "bfloat16".
     """
     text_config = {
@@ -58,15 +69,16 @@ def converted_config(
         for key, value in source_config.items()
         if key not in ("torch_dtype", "quantization_config", "auto_map")
     }
-    joint = plan.layout == "joint"
+    mla = {"o_bias": "o_proj.bias" in biases, "rope_frequencies": rope_frequencies} if plan.layout == "mla" else {}
     return {
         "model_type": CareMlaConfig.model_type,
         "architectures": ["CareMlaForCausalLM"],
         "dtype": dtype,
         "layout": plan.layout,
         "kv_lora_rank": [sum(ranks) for ranks in plan.ranks],
-        "k_lora_rank": None if joint else [ranks[0] for ranks in plan.ranks],
-        "k_bias": k_bias,
-        "v_bias": v_bias,
+        "k_lora_rank": [ranks[0] for ranks in plan.ranks] if plan.layout == "split" else None,
+        "k_bias": bool({"k_b_proj.bias", "kv_a_proj_with_mqa.bias"} & set(biases)),
+        "v_bias": "v_b_proj.bias" in biases,
+        **mla,
         "text_config": {**text_config, "dtype": dtype},
     }

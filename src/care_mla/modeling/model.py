@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from care_mla.checkpoint import resolve_source
-from care_mla.errors import CheckpointError, ConfigError
+from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
-from care_mla.modeling.attention import LatentAttention
+from care_mla.modeling.attention import LatentAttention, MlaAttention
 from care_mla.modeling.cache import LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
@@ -39,8 +39,9 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         rotary = self.language_model.get_submodule(family.rotary)
         for layer_idx, layer in enumerate(self.language_model.get_submodule(family.layers)):
-            latent = LatentAttention(getattr(layer, family.attention), rotary, family, config, layer_idx)
-            setattr(layer, family.attention, latent.to(self.language_model.dtype))
+            attention = MlaAttention if config.layout == "mla" else LatentAttention
+            converted = attention(getattr(layer, family.attention), rotary, family, config, layer_idx)
+            setattr(layer, family.attention, converted.to(self.language_model.dtype))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,8 +88,9 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ConfigError(
                     f"past_key_values is a {type(past_key_values).__name__}; a converted model needs care_mla.LatentCache(config=model.config)"
                 )
-            tokens = inputs_embeds if input_ids is None else input_ids
-            position_ids = past_key_values.append_positions(tokens, position_ids)
+            if self.config.layout != "mla":
+                tokens = inputs_embeds if input_ids is None else input_ids
+                position_ids = past_key_values.append_positions(tokens, position_ids)
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -100,6 +102,33 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+
+def rotary_frequencies(config: dict[str, Any]) -> Tensor:
+    """Angles per position of a source's rotary pairs [F], as its own rotary module computes them (scaling included).
+
+    Args:
+        config: the source's config.json.
+
+    Raises:
+        UnsupportedModelError: frequencies that depend on the length, or that cover a part of the head only.
+    """
+    text_config = AutoConfig.for_model(**config)
+    kind = (text_config.rope_parameters or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"rope_type {kind!r} changes the frequencies with the length, so no rotary pair can be chosen for layout mla; choose --layout joint"
+        )
+    family = get_family(config)
+    with torch.device("meta"):
+        rotary = type(AutoModelForCausalLM.from_config(text_config).get_submodule(family.rotary))
+    frequencies: Tensor = rotary(config=text_config).inv_freq.double()
+    head_dim = family.geometry(config).head_dim
+    if 2 * len(frequencies) != head_dim:
+        raise UnsupportedModelError(
+            f"RoPE turns {2 * len(frequencies)} of {head_dim} head dimensions, which layout mla cannot express; choose --layout joint"
+        )
+    return frequencies
 
 
 AutoConfig.register("care_mla", CareMlaConfig)

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from care_mla.errors import RankError
 from care_mla.geometry import Geometry
 
-Layout = Literal["split", "joint"]
-"""split: one latent for keys and one for values (the paper). joint: one latent for both (DeepSeek)."""
+Layout = Literal["split", "joint", "mla"]
+"""split: one latent for keys and one for values (the paper). joint: one latent for both. mla: one latent for position-free keys
+and values, and a rotary key shared by all heads (DeepSeek)."""
 
-BLOCKS: dict[Layout, tuple[str, ...]] = {"split": ("k", "v"), "joint": ("kv",)}
+BLOCKS: dict[Layout, tuple[str, ...]] = {"split": ("k", "v"), "joint": ("kv",), "mla": ("kv",)}
 """The latents of a layer, by layout."""
 
 
@@ -28,15 +29,22 @@ class RankPlan:
     Attributes:
         layout: which latents a layer has.
         ranks: [layer][block], blocks in the order of `BLOCKS[layout]`.
+        qk_rope_head_dim: width of the shared rotary key of every layer; layout mla alone has one.
     """
 
     layout: Layout
     ranks: tuple[tuple[int, ...], ...]
+    qk_rope_head_dim: int = 0
+
+    @property
+    def cached_widths(self) -> tuple[int, ...]:
+        """Cached elements per token of each layer."""
+        return tuple(sum(layer) + self.qk_rope_head_dim for layer in self.ranks)
 
     @property
     def cache_elements_per_token(self) -> int:
         """Cached elements per token over all layers, everything counted."""
-        return sum(sum(layer) for layer in self.ranks)
+        return sum(self.cached_widths)
 
     def kv_save(self, geometry: Geometry) -> float:
         """Share of the original cache that is saved."""
@@ -44,7 +52,8 @@ class RankPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for manifests."""
-        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks]}
+        rope = {"qk_rope_head_dim": self.qk_rope_head_dim} if self.qk_rope_head_dim else {}
+        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks], **rope}
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,27 @@ class Budget:
     """A cache budget for the whole model and the geometry that it is spent on.
 
     Attributes:
-        elements: most cached elements per token, all layers together.
+        elements: most cached elements per token that latents may take, all layers together.
+        qk_rope_head_dim: rotary key of every layer, already taken off.
     """
 
     geometry: Geometry
     layout: Layout
     elements: int
+    qk_rope_head_dim: int = 0
+
+    def with_rope(self, qk_rope_head_dim: int) -> Budget:
+        """What is left for latents beside a rotary key of this width in every layer.
+
+        Raises:
+            RankError: nothing is left.
+        """
+        left = self.elements - self.geometry.num_layers * qk_rope_head_dim
+        if left < self.geometry.num_layers:
+            raise RankError(
+                f"a rotary key of {qk_rope_head_dim} in {self.geometry.num_layers} layers leaves {left} of {self.elements} cached elements for latents; lower --qk-rope-head-dim"
+            )
+        return Budget(self.geometry, self.layout, left, qk_rope_head_dim)
 
     @property
     def num_blocks(self) -> int:

@@ -1,0 +1,120 @@
+"""Layout `mla`: a shared rotary key and one latent for the position-free keys and the values (DeepSeek's attention).
+
+Tensors of one attention module (R latent width, P rotary pairs, d head width, n = g_h d, n_h query heads):
+    kv_a_proj_with_mqa.weight [R + 2P, D]      x -> latent and rotary key (P real parts, then P imaginary parts)
+    kv_a_proj_with_mqa.bias   [R + 2P]         the rotary key's share of a k bias; zero on the latent
+    kv_b_proj.weight          [n_h 2d, R]      latent -> each query head's position-free key and value
+    q_proj.weight             [n_h (d + 2P), D]  each head's position-free query and rotary query
+    o_proj.bias               [D]              what constants of the values amount to
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from care_mla.linalg import Factors
+from care_mla.rope import RotarySelection, half_split_heads
+
+EXPRESSES: dict[str, str] = {
+    "qkv bias": "the rotary key keeps its bias, softmax is blind to that of the position-free keys, the values' joins o_proj",
+    "sliding window": "same masks; windowed layers cache a window",
+    "RoPE scaling": "the rotary key is turned by the model's own rotary module",
+    "tied embeddings": "unchanged",
+}
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Projections of a source attention in torch orientation, float64.
+
+    Attributes:
+        q, k, v: [n_h d, D], [n, D], [n, D]; o: [D, n_h d]; biases or None.
+    """
+
+    q: Float[Tensor, "nq D"]
+    k: Float[Tensor, "n D"]
+    v: Float[Tensor, "n D"]
+    o: Float[Tensor, "D nq"]
+    q_bias: Float[Tensor, "nq"] | None = None
+    k_bias: Float[Tensor, "n"] | None = None
+    v_bias: Float[Tensor, "n"] | None = None
+    o_bias: Float[Tensor, "D"] | None = None
+
+
+def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]:
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def rotary_queries(
+    q: Float[Tensor, "nq *D"], selection: RotarySelection, num_kv_heads: int, head_dim: int
+) -> Float[Tensor, "n_h P2 *D"]:
+    """Each head's queries for the shared rotary key: conj(decoder[p, group]) q_f for pair p of frequency f."""
+    heads = half_split_heads(q.movedim(0, -1), head_dim)  # [*D, n_h, F]
+    group = torch.arange(heads.shape[-2]) // (heads.shape[-2] // num_kv_heads)
+    mixed = heads[..., selection.frequencies] * selection.decoder.conj().T[group]
+    return _real_then_imaginary(mixed).movedim((-2, -1), (0, 1)).contiguous()
+
+
+def rotary_key(k: Float[Tensor, "n *D"], selection: RotarySelection, head_dim: int) -> Float[Tensor, "P2 *D"]:
+    """The shared rotary key: encoder[p] applied to the heads' keys of pair p's frequency."""
+    heads = half_split_heads(k.movedim(0, -1), head_dim)[..., selection.frequencies]  # [*D, g, P]
+    return _real_then_imaginary((heads * selection.encoder.T).sum(-2)).movedim(-1, 0).contiguous()
+
+
+def position_free(selection: RotarySelection) -> Float[Tensor, "m m"]:
+    """B with B [k ; v] = [rest k ; v], the outputs that the latent must carry."""
+    n = len(selection.rest)
+    both = torch.eye(2 * n, dtype=selection.rest.dtype)
+    both[:n, :n] = selection.rest
+    return both
+
+
+def mla_tensors(
+    source: AttentionWeights,
+    selection: RotarySelection,
+    factors: Factors,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    mean: Float[Tensor, "m"] | None = None,
+) -> dict[str, Tensor]:
+    """Weights of one converted attention module, by name.
+
+    Args:
+        factors: of [rest k ; v], see `position_free`.
+        mean: mu of centred moments of [k ; v]. Softmax is blind to a constant in the position-free keys; the constant of
+            the values moves into o_proj's bias, exactly, since attention weights sum to one.
+    """
+    n = len(source.k)
+    num_heads = len(source.q) // head_dim
+    group = torch.arange(num_heads) // (num_heads // num_kv_heads)
+    stacked = torch.cat([selection.rest @ source.k, source.v])
+    down = torch.cat([factors.encode @ stacked, rotary_key(source.k, selection, head_dim)])
+    ups = [part.view(num_kv_heads, head_dim, -1)[group] for part in (factors.up[:n], factors.up[n:])]
+    queries = source.q.view(num_heads, head_dim, -1)
+    tensors = {
+        "kv_a_proj_with_mqa.weight": down,
+        "kv_b_proj.weight": torch.cat(ups, dim=1).flatten(0, 1),
+        "q_proj.weight": torch.cat(
+            [queries, rotary_queries(source.q, selection, num_kv_heads, head_dim)], dim=1
+        ).flatten(0, 1),
+        "o_proj.weight": source.o,
+    }
+    if source.q_bias is not None:
+        rotary = rotary_queries(source.q_bias, selection, num_kv_heads, head_dim)
+        tensors["q_proj.bias"] = torch.cat([source.q_bias.view(num_heads, head_dim), rotary], dim=1).flatten()
+    if source.k_bias is not None:
+        latent = torch.zeros(len(factors.encode), dtype=down.dtype)
+        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([latent, rotary_key(source.k_bias, selection, head_dim)])
+    constant = torch.zeros(n, dtype=down.dtype) if source.v_bias is None else source.v_bias
+    if mean is not None:
+        centre = torch.cat([selection.rest @ mean[:n], mean[n:]])
+        constant = constant + (centre - factors.projector() @ centre)[n:]
+    if mean is not None or source.v_bias is not None or source.o_bias is not None:
+        by_head = constant.view(num_kv_heads, head_dim)[group].flatten()
+        tensors["o_proj.bias"] = source.o @ by_head + (0.0 if source.o_bias is None else source.o_bias)
+    return tensors

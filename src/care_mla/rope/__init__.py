@@ -1,0 +1,25 @@
+"""Rotary position embeddings as linear algebra: keys of one frequency are a complex vector over the kv heads."""
+
+from care_mla.rope.complex import complex_moment, half_split_heads, real_map
+from care_mla.rope.selection import (
+    Components,
+    RopeMode,
+    RotarySelection,
+    components,
+    dropped_rotation,
+    predicted_rotation_loss,
+    select,
+)
+
+__all__ = [
+    "Components",
+    "RopeMode",
+    "RotarySelection",
+    "complex_moment",
+    "components",
+    "dropped_rotation",
+    "half_split_heads",
+    "predicted_rotation_loss",
+    "real_map",
+    "select",
+]
