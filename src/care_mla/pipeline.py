@@ -46,6 +46,7 @@ from care_mla.rope import (
     complex_moment,
     components,
     dropped_rotation,
+    predicted_rotation_loss,
     select,
 )
 from care_mla.stats import LayerStatistics, StatisticsStore, StatisticsWriter
