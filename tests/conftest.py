@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 # Shapes of the numerical folders are checked at run time throughout the suite.
 _hook = install_import_hook(
     ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.rope", "care_mla.mapping"],
-    "beartype.beartype"
+    "beartype.beartype",
 )
 with _hook:
     import care_mla.mapping

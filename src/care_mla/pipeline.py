@@ -341,12 +341,13 @@ class LayerSpectra:
                 statistics.layer(layer), statistics.fisher(layer) if method.needs_fisher else None
             )
             self._note_evidence(layer, collected, recipe)
-            metric = method.metric(collected, source.stacked_weights(layer), recipe.weighting)
+            W = source.stacked_weights(layer)
+            metric = method.metric(collected, W, recipe.weighting)
             self.means.append(metric.mean)
             if recipe.layout == "mla":
-                selection = self._select(source, metric, recipe)
-                self.selections.append(selection)
-                metric = metric.carrying(position_free(selection))
+                self.selections.append(self._select(source, metric, recipe))
+                B = position_free(self.selections[layer])
+                metric = method.metric(collected.carrying(B), B @ W, recipe.weighting)
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
                 try:
@@ -415,13 +416,16 @@ def _require_recipe(source: Source, recipe: Recipe) -> Budget:
             f"--ranks fisher spends the budget by predicted loss, which --method {recipe.method} does not know; use --ranks energy"
         )
     require_expressible(source.family, source.reader.config, recipe.layout)
+    if recipe.layout == "mla" and recipe.refit:
+        raise ConfigError("--refit is not available with --layout mla")
     budget = make_budget(
-        source.geometry, recipe.layout, rank=recipe.rank, kv_save=recipe.kv_save, cache_elements=recipe.cache_elements
+        source.geometry,
+        recipe.layout,
+        rank=recipe.rank,
+        kv_save=recipe.kv_save,
+        cache_elements=recipe.cache_elements,
+        qk_rope_head_dim=_rope_width(recipe, source.geometry),
     )
-    if recipe.layout == "mla":
-        if recipe.refit:
-            raise ConfigError("--refit is not available with --layout mla")
-        budget = budget.with_rope(_rope_width(recipe, source.geometry))
     check_allocation(
         recipe.allocator, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
     )
@@ -429,7 +433,9 @@ def _require_recipe(source: Source, recipe: Recipe) -> Budget:
 
 
 def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
-    """Width of the shared rotary key in layout mla."""
+    """Width of the shared rotary key; only layout mla has one."""
+    if recipe.layout != "mla":
+        return 0
     return geometry.head_dim if recipe.qk_rope_head_dim is None else recipe.qk_rope_head_dim
 
 

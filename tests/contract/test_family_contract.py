@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import care_mla
+from care_mla.errors import UnsupportedModelError
 from care_mla.evaluation import measure_cache
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -32,14 +33,24 @@ def layout(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
+def _mla_or_skip(family: str) -> str:
+    if "qwen3" in family:
+        pytest.skip("QK-norm: layout mla refuses it, see test_mla_refuses_qk_norm")
+    return family
+
+
+@pytest.fixture(params=["split", "joint", "mla"])
 def parity_pair(
-    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+    request: pytest.FixtureRequest, family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> tuple[Any, Any]:
-    """Source and its conversion at full rank, which must not differ."""
+    """Source and its conversion at full rank (mla: all keys rotary, values at full rank), which must not differ."""
+    if request.param == "mla":
+        _mla_or_skip(family)
     source = tiny(family)
+    n = _kv_width(source)
+    options = {"qk_rope_head_dim": n, "ranks": "uniform"} if request.param == "mla" else {}
     return care_mla.load(source), care_mla.load(
-        _convert(source, tmp_path / "full", text_file, rank=_kv_width(source), layout=layout)
+        _convert(source, tmp_path / "full", text_file, rank=n, layout=request.param, **options)
     )
 
 
@@ -135,6 +146,71 @@ def test_reload_equals_original_and_cache_holds_latents_only(
     assert usage.layer_widths == converted.config.kv_lora_rank
     assert len(set(usage.layer_widths)) > 1, "ranks were meant to differ between layers"
     assert usage.bytes_per_token == 4 * sum(usage.layer_widths) + 4  # float32 latents, one int32 position
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", ["free", "stock", "transmla"])
+def test_mla_reads_its_cache_as_it_prefills(
+    family: str, rope: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Truncated: absorbed decoding equals expanded prefill; what is cached is latent and rotary key; reloads; padding."""
+    source = tiny(_mla_or_skip(family))
+    rope_width = care_mla.inspect(source).geometry.head_dim // 2
+    options = {"layout": "mla", "kv_save": 0.3, "qk_rope_head_dim": rope_width, "rope": rope, "context": 64}
+    converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
+    ids = _ids(2, 24)
+    expected = converted(ids, use_cache=False).logits
+    cache, steps = None, []
+    for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, 24))):
+        output = converted(step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **TOLERANCE)
+    usage = measure_cache(converted, _ids(1, 7))
+    assert usage.layer_widths == [rank + rope_width for rank in converted.config.kv_lora_rank]
+    assert usage.bytes_per_token == 4 * sum(usage.layer_widths)
+    assert sum(usage.layer_widths) <= 0.7 * care_mla.inspect(source).geometry.cache_elements_per_token
+    converted.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(ids).logits, converted(ids).logits, atol=0, rtol=0)
+    padded = torch.cat([torch.full((2, 4), 2), ids[:, :9]], dim=1)
+    mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)], dim=1)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    plain = converted.generate(ids[:, :9], **greedy)[:, 9:]
+    assert torch.equal(plain, converted.generate(padded, attention_mask=mask, **greedy)[:, 13:])
+
+
+def test_mla_refuses_qk_norm(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="QK-norm, which layout mla cannot express; choose --layout split or joint"
+    ):
+        _convert(tiny("qwen3"), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("rope_type", "more"), [("dynamic", {"factor": 2.0}), ("yarn", {"factor": 4.0})])
+def test_mla_and_rope_scaling(
+    rope_type: str, more: dict[str, float], tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """YaRN is exact, its attention factor included; frequencies that change with the length are refused."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "original_max_position_embeddings": 32, **more}
+    source = tiny("llama", rope_parameters=rope)
+    options = {"layout": "mla", "ranks": "uniform", "rank": 32, "qk_rope_head_dim": 32}
+    if rope_type == "dynamic":
+        with pytest.raises(UnsupportedModelError, match="changes the frequencies"):
+            _convert(source, tmp_path / "out", text_file, **options)
+        return
+    converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
+    ids = _ids(2, 24)
+    expected = care_mla.load(source)(ids).logits
+    torch.testing.assert_close(converted(ids).logits, expected, **TOLERANCE)
+    # Where every token stands at position 0 nothing turns, and position-free keys are exact with the factor alone.
+    options = {"layout": "mla", "ranks": "uniform", "cache_elements": 3 * (64 + 2), "qk_rope_head_dim": 2}
+    partial = care_mla.load(_convert(source, tmp_path / "partial", text_file, **options))
+    at_zero = {"position_ids": torch.zeros(2, 24, dtype=torch.long), "attention_mask": torch.ones(2, 24)}
+    torch.testing.assert_close(
+        partial(ids, **at_zero).logits, care_mla.load(source)(ids, **at_zero).logits, **TOLERANCE
+    )
 
 
 def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:

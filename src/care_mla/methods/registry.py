@@ -55,10 +55,6 @@ class Metric:
             None if mean is None else mean[rows],
         )
 
-    def carrying(self, B: Float[Tensor, "m m"]) -> Metric:
-        """The metric of B y: what a latent minimizes that carries only that part of the outputs."""
-        return Metric(B @ self.second_moment @ B.T, self.output_metric, None if self.mean is None else B @ self.mean)
-
 
 MetricFunction = Callable[[LayerStatistics, Float[Tensor, "m D"], Weighting], Metric]
 

@@ -70,19 +70,6 @@ class Budget:
     elements: int
     qk_rope_head_dim: int = 0
 
-    def with_rope(self, qk_rope_head_dim: int) -> Budget:
-        """What is left for latents beside a rotary key of this width in every layer.
-
-        Raises:
-            RankError: nothing is left.
-        """
-        left = self.elements - self.geometry.num_layers * qk_rope_head_dim
-        if left < self.geometry.num_layers:
-            raise RankError(
-                f"a rotary key of {qk_rope_head_dim} in {self.geometry.num_layers} layers leaves {left} of {self.elements} cached elements for latents; lower --qk-rope-head-dim"
-            )
-        return Budget(self.geometry, self.layout, left, qk_rope_head_dim)
-
     @property
     def num_blocks(self) -> int:
         """Latents per layer."""
@@ -106,6 +93,7 @@ def make_budget(
     rank: int | None = None,
     kv_save: float | None = None,
     cache_elements: int | None = None,
+    qk_rope_head_dim: int = 0,
 ) -> Budget:
     """Turn one of the three ways to name a budget into cached elements per token.
 
@@ -113,6 +101,7 @@ def make_budget(
         rank: the paper's r, for K and for V; a joint latent gets 2r.
         kv_save: share of the cache to save, in [0, 1).
         cache_elements: cached elements per token, all layers together.
+        qk_rope_head_dim: rotary key of every layer, paid for out of the budget; layout mla.
 
     Raises:
         RankError: none or several given, or out of range.
@@ -127,17 +116,19 @@ def make_budget(
             raise RankError(
                 f"--rank {rank} is outside 1..{geometry.kv_width} (KV parity: num_kv_heads x head_dim = {geometry.kv_width})"
             )
-        return Budget(geometry, layout, 2 * rank * layers)
-    if kv_save is not None:
+        elements = 2 * rank * layers
+    elif kv_save is not None:
         if not (math.isfinite(kv_save) and 0.0 <= kv_save < 1.0):
             raise RankError(f"--kv-save {kv_save} is outside [0, 1); 0.5 halves the cache")
         elements = math.floor(full * (1.0 - kv_save) + 1e-6)
     else:
         assert cache_elements is not None
         elements = cache_elements
-    least = len(BLOCKS[layout]) * layers
-    if not least <= elements <= full:
+    rope = layers * qk_rope_head_dim
+    least, most = rope + len(BLOCKS[layout]) * layers, rope + full
+    if not least <= elements <= most:
+        beside = f" beside a rotary key of {qk_rope_head_dim} in each (--qk-rope-head-dim)" if rope else ""
         raise RankError(
-            f"a budget of {elements} cached elements per token is outside {least}..{full} ({layers} layers, rank 1 to KV parity)"
+            f"a budget of {elements} cached elements per token is outside {least}..{most} ({layers} layers, rank 1 to KV parity{beside})"
         )
-    return Budget(geometry, layout, elements)
+    return Budget(geometry, layout, elements - rope, qk_rope_head_dim)

@@ -77,7 +77,8 @@ def dropped_rotation(frequencies: Float[Tensor, "F"], context: int) -> Float[Ten
     """
     distance = torch.arange(context, dtype=torch.float64)
     weight = (context - distance) / (context - distance).sum()
-    return 2.0 - 2.0 * (weight * torch.cos(frequencies.double()[:, None] * distance)).sum(1)
+    still = (weight * torch.cos(frequencies.double()[:, None] * distance)).sum(1)
+    return (2.0 - 2.0 * still).clamp_min(0.0)
 
 
 def select(parts: Components, cost: Float[Tensor, "F"], num_pairs: int, mode: RopeMode = "free") -> RotarySelection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -86,6 +86,10 @@ class FisherMoments(MergeableSums):
         self.output_second += (y * norms[:, None]).T @ y
         self.gradient_weight += leverage.sum()
         self.gradient_second += (g * leverage[:, None]).T @ g
+
+    def carrying(self, B: Float[Tensor, "m m"]) -> FisherMoments:
+        """The statistics of B y; an error of B y meets the gradients as an error of y would."""
+        return replace(self, output_sum=B @ self.output_sum, output_second=B @ self.output_second @ B.T)
 
     @property
     def second_moment(self) -> Float[Tensor, "m m"]:

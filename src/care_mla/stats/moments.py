@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -116,6 +116,10 @@ class Moments(MergeableSums):
             self.input_second.addmm_(weighted_x.double().T, x.double())
         if not bool(torch.isfinite(self.output_second.diagonal()).all() & torch.isfinite(self.input_energy)):
             raise CalibrationError("non-finite activations")
+
+    def carrying(self, B: Float[Tensor, "m m"]) -> Moments:
+        """The moments of B y."""
+        return replace(self, output_sum=B @ self.output_sum, output_second=B @ self.output_second @ B.T)
 
     @property
     def second_moment(self) -> Float[Tensor, "m m"]:

@@ -34,6 +34,10 @@ class LayerStatistics:
     moments: Moments
     fisher: FisherMoments | None = None
 
+    def carrying(self, B: Tensor) -> LayerStatistics:
+        """The statistics of B y, where a latent carries only that part of the outputs."""
+        return LayerStatistics(self.moments.carrying(B), None if self.fisher is None else self.fisher.carrying(B))
+
 
 class StatisticsWriter:
     """Writes a STATS directory (into a staging directory that the caller makes atomic)."""
