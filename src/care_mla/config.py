@@ -14,8 +14,8 @@ from care_mla.rope import RopeMode
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-REFIT_FROM = 0.65
-"""KV saving from which the output projections are refitted by default (docs/fisher.md: no gain at 50%, up to a third at 75%)."""
+LOW_BUDGET_FROM = 0.65
+"""KV saving from which the quadratic model of the loss is trusted less and output projections are refitted (docs/fisher.md)."""
 
 
 class Settings(BaseModel):
@@ -65,12 +65,13 @@ class Recipe(Settings):
 
     Attributes:
         ranks: allocator; None is `fisher` for method fisher, else `uniform`.
-        shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`.
+        shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`; the exponent None is 0.8, and
+            0.5 from `LOW_BUDGET_FROM` saving on.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: the head's own width.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
-            to help, for method fisher from `REFIT_FROM` saving on.
+            to help, for method fisher from `LOW_BUDGET_FROM` saving on.
         refit_tokens: calibration tokens that the refit reads.
         refit_ridge: see `linalg.ridge_refit`.
         dtype: of the written factors; "auto" is the source's.
@@ -86,7 +87,7 @@ class Recipe(Settings):
     max_rank: int | None = None
     rank_multiple: int = Field(1, ge=1)
     shrinkage: float = Field(0.01, ge=0.0, le=1.0)
-    fisher_exponent: float = Field(0.5, ge=0.0, le=1.0)
+    fisher_exponent: float | None = Field(None, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, ge=0.0, le=1.0)
     fisher_coupling: Coupling = "full"
     rope: RopeMode = "free"
@@ -97,17 +98,18 @@ class Recipe(Settings):
     refit_ridge: float = Field(0.1, gt=0.0)
     dtype: DType = "auto"
 
-    def refits(self, kv_save: float) -> bool:
-        """Whether output projections are refitted at this saving."""
-        by_default = self.method == "fisher" and self.layout != "mla" and kv_save >= REFIT_FROM
-        return by_default if self.refit is None else self.refit
-
-    @property
-    def allocator(self) -> str:
-        """The allocator in force: the best known one for the method where none was named."""
-        return self.ranks or ("fisher" if self.method == "fisher" else "uniform")
+    def at(self, kv_save: float) -> Recipe:
+        """This recipe with everything that was left open decided for a saving: what docs/fisher.md found best."""
+        fisher, low = self.method == "fisher", kv_save >= LOW_BUDGET_FROM
+        best = {
+            "ranks": "fisher" if fisher else "uniform",
+            "fisher_exponent": 0.5 if low else 0.8,
+            "refit": fisher and low and self.layout != "mla",
+        }
+        return self.model_copy(update={name: value for name, value in best.items() if getattr(self, name) is None})
 
     @property
     def weighting(self) -> Weighting:
-        """The part that the methods take."""
+        """The part that the methods take; of a recipe from `at`."""
+        assert self.fisher_exponent is not None
         return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -408,10 +409,10 @@ class LayerSpectra:
         return {name: torch.stack(block).float() for name, block in zip(BLOCKS[layout], self.energies, strict=True)}
 
 
-def _require_recipe(source: Source, recipe: Recipe) -> Budget:
-    """Everything about a recipe that can be refused before weights are read."""
+def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
+    """Everything about a recipe that can be refused before weights are read; the recipe with its defaults decided."""
     method = get_method(recipe.method)
-    if recipe.allocator == "fisher" and not method.needs_fisher:
+    if recipe.ranks == "fisher" and not method.needs_fisher:
         raise ConfigError(
             f"--ranks fisher spends the budget by predicted loss, which --method {recipe.method} does not know; use --ranks energy"
         )
@@ -426,10 +427,12 @@ def _require_recipe(source: Source, recipe: Recipe) -> Budget:
         cache_elements=recipe.cache_elements,
         qk_rope_head_dim=_rope_width(recipe, source.geometry),
     )
+    decided = recipe.at(budget.kv_save)
+    assert decided.ranks is not None
     check_allocation(
-        recipe.allocator, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
+        decided.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
     )
-    return budget
+    return decided, budget
 
 
 def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
@@ -440,8 +443,9 @@ def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
+    assert recipe.ranks is not None
     return allocate(
-        recipe.allocator,
+        recipe.ranks,
         spectra.energies,
         budget,
         min_rank=recipe.min_rank,
@@ -527,18 +531,27 @@ def plan_ranks(
     store = _open_statistics(opened, statistics)
     if recipes is None:
         recipes = [r for r in COMPARED_RECIPES if store.has_fisher or not get_method(r["method"]).needs_fisher]
-    chosen = [[Recipe.make(**{**recipe, **common}, kv_save=share) for share in kv_save] for recipe in recipes]
-    budgets = [[_require_recipe(opened, recipe) for recipe in row] for row in chosen]
+    decided = [
+        _require_recipe(opened, Recipe.make(**{**recipe, **common}, kv_save=share))
+        for recipe in recipes
+        for share in kv_save
+    ]
     forecasts = []
-    for row, row_budgets in zip(chosen, budgets, strict=True):
+    for _, group in groupby(decided, key=lambda one: (one[0].method, one[0].layout, one[0].weighting)):
+        budgets = list(group)
         with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
-            spectra = LayerSpectra(opened, store, row[0], Path(work), track=track)
-            for recipe, budget in zip(row, row_budgets, strict=True):
+            spectra = LayerSpectra(opened, store, budgets[0][0], Path(work), track=track)
+            for recipe, budget in budgets:
                 plan = _allocate(spectra, budget, recipe)
                 records = [_layer_record(spectra, store, plan, layer) for layer in range(opened.geometry.num_layers)]
-                saved = plan.kv_save(opened.geometry)
                 forecasts.append(
-                    RankForecast(_recipe_record(recipe, saved), saved, plan, _predicted(records), tuple(spectra.notes))
+                    RankForecast(
+                        recipe.model_dump(),
+                        plan.kv_save(opened.geometry),
+                        plan,
+                        _predicted(records),
+                        tuple(spectra.notes),
+                    )
                 )
     return forecasts
 
@@ -567,11 +580,6 @@ def require_plot(path: str | Path) -> Path:
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--plot {path}: {path.resolve().parent} is not a directory")
     return path
-
-
-def _recipe_record(recipe: Recipe, kv_save: float) -> dict[str, Any]:
-    """A recipe with its defaults resolved."""
-    return {**recipe.model_dump(), "ranks": recipe.allocator, "refit": recipe.refits(kv_save)}
 
 
 def _predicted(layers: Sequence[dict[str, Any]]) -> float | None:
@@ -620,7 +628,7 @@ def convert(
     opened = open_source(source)
     if out.resolve() in (opened.directory.resolve(), *opened.directory.resolve().parents):
         raise ConfigError(f"--out {out} would replace the source {opened.directory}; choose another directory")
-    budget = _require_recipe(opened, chosen)
+    chosen, budget = _require_recipe(opened, chosen)
     statistics = _open_statistics(opened, stats) if stats is not None else None
 
     with (
@@ -632,11 +640,10 @@ def convert(
             statistics = StatisticsStore(work)
         spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
         plan = _allocate(spectra, budget, chosen)
-        refits = chosen.refits(plan.kv_save(opened.geometry))
-        propagation = _propagation(opened, statistics, chosen, device) if refits else None
+        propagation = _propagation(opened, statistics, chosen, device) if chosen.refit else None
         writer = _CheckpointBuilder(opened, chosen, plan, staging)
         layers = []
-        title = "Refitting and writing layers" if refits else "Writing layers"
+        title = "Refitting and writing layers" if chosen.refit else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
             tensors = opened.converted_tensors(layer, factors, spectra)
@@ -657,7 +664,7 @@ def convert(
                 "model_type": opened.family.model_type,
                 "geometry": opened.geometry.to_dict(),
             },
-            "recipe": _recipe_record(chosen, plan.kv_save(opened.geometry)),
+            "recipe": chosen.model_dump(),
             "plan": plan.to_dict(),
             "cache_elements_per_token": plan.cache_elements_per_token,
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,

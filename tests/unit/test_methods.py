@@ -129,3 +129,19 @@ def test_care_c_without_inputs_says_what_to_do() -> None:
 def test_unknown_method_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="care"):
         get_method("magic")
+
+
+def test_balanced_pca_is_pca_after_equalizing_energies() -> None:
+    """Against TransMLA's words: scale keys so that both halves have one energy, joint PCA, scale back."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(80, 12, generator=generator, dtype=torch.float64)
+    scales = torch.tensor([5.0] * 4 + [0.3] * 4, dtype=torch.float64)
+    W = torch.randn(8, 12, generator=generator, dtype=torch.float64) * scales[:, None]
+    Y = X @ W.T
+    moments = Moments.zeros(8, 12)
+    moments.update(X, Y)
+    metric = METHODS["balanced_pca"].metric(LayerStatistics(moments), W, Weighting(shrinkage=0.0))
+    product = truncate(decompose(metric.second_moment, metric.output_metric), 3).projector()
+    balance = torch.cat([Y[:, :4].norm().expand(4), Y[:, 4:].norm().expand(4)])
+    vectors = torch.linalg.svd(Y / balance, full_matrices=False).Vh[:3]
+    torch.testing.assert_close(product, (vectors.T @ vectors) * balance[:, None] / balance)

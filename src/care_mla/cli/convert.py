@@ -11,7 +11,7 @@ from rich.table import Table
 
 from care_mla import pipeline
 from care_mla.cli import app, options
-from care_mla.config import REFIT_FROM
+from care_mla.config import LOW_BUDGET_FROM
 from care_mla.methods import METHODS
 from care_mla.progress import rich_track
 from care_mla.ranks import ALLOCATORS
@@ -50,7 +50,11 @@ def convert(
         float | None, typer.Option("--shrinkage", help="Share of isotropic noise mixed into C.  [default: 0.01]")
     ] = None,
     fisher_exponent: Annotated[
-        float | None, typer.Option("--fisher-exponent", help="p of the tempered Fisher metric G^p.  [default: 0.5]")
+        float | None,
+        typer.Option(
+            "--fisher-exponent",
+            help=f"p of the tempered Fisher metric G^p.  [default: 0.8; 0.5 from {100 * LOW_BUDGET_FROM:g}% saving]",
+        ),
     ] = None,
     fisher_shrinkage: Annotated[
         float | None, typer.Option("--fisher-shrinkage", help="Share of isotropic noise mixed into G.  [default: 0.02]")
@@ -74,7 +78,7 @@ def convert(
         bool | None,
         typer.Option(
             "--refit/--no-refit",
-            help=f"Refit output projections to the original's activations.  [default: fisher from {100 * REFIT_FROM:g}% saving]",
+            help=f"Refit output projections to the original's activations.  [default: fisher from {100 * LOW_BUDGET_FROM:g}% saving]",
         ),
     ] = None,
     refit_tokens: Annotated[

@@ -71,6 +71,12 @@ class Budget:
     qk_rope_head_dim: int = 0
 
     @property
+    def kv_save(self) -> float:
+        """Share of the original cache that is saved when all of it is spent."""
+        spent = self.elements + self.geometry.num_layers * self.qk_rope_head_dim
+        return 1.0 - spent / self.geometry.cache_elements_per_token
+
+    @property
     def num_blocks(self) -> int:
         """Latents per layer."""
         return len(BLOCKS[self.layout])
