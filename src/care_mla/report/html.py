@@ -23,6 +23,7 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
     blocks = BLOCKS[plan["layout"]]
     parity = 2 * geometry["num_kv_heads"] * geometry["head_dim"]
     environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
+    manifest = {"predicted_loss_increase": None, "notes": [], **manifest}  # manifests of earlier versions have neither
     layers = manifest["layers"]
     measured = evaluations[-1] if evaluations else None
     cache_figure = None
@@ -46,5 +47,5 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
         cache_figure=cache_figure,
         measured=measured,
         loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
-        refit_figure=figures.layer_refits(layers) if manifest["recipe"]["refit"] else None,
+        refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
     )
