@@ -68,6 +68,7 @@ def main() -> None:
             Path(work) / "stats",
             calibration=str(arguments.data / "wikitext2/valid.tokens.txt"),
             inputs=True,
+            fisher=True,
         )
         for kv_save in BUDGETS:
             for method, layout, ranks in RECIPES:

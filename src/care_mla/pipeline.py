@@ -752,18 +752,17 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
     collected = LayerStatistics(statistics.layer(layer), statistics.fisher(layer) if statistics.has_fisher else None)
-    mean = spectra.means[layer]
+    mean, carried = spectra.means[layer], spectra.carried(layer)
     k_error, v_error = relative_errors(
         factors,
         collected.moments.second_moment,
         layout=plan.layout,
         plain_mean=collected.moments.mean,
         mean=mean,
-        carried=spectra.carried(layer),
+        carried=carried,
     )
     predicted: float | None = None
     if collected.fisher is not None:
-        carried = spectra.carried(layer)
         predicted = predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean, carried=carried)
         if spectra.rotation_cost is not None:
             keys = split_blocks("split", len(collected.fisher.output_sum) // 2)[0]

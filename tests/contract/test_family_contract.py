@@ -58,6 +58,16 @@ def _ids(*shape: int) -> Tensor:
     return torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(5))
 
 
+def _token_by_token(model: Any, ids: Tensor) -> Tensor:
+    """Logits of a prompt of five tokens and then one token at a time from the cache."""
+    cache, steps = None, []
+    for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, ids.shape[1]))):
+        output = model(step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    return torch.cat(steps, dim=1)
+
+
 @torch.no_grad()
 def test_kv_parity_equals_the_source(parity_pair: tuple[Any, Any]) -> None:
     """Prefill past the sliding window, and token by token."""
@@ -65,12 +75,7 @@ def test_kv_parity_equals_the_source(parity_pair: tuple[Any, Any]) -> None:
     ids = _ids(2, 24)
     expected = source(ids).logits
     torch.testing.assert_close(converted(ids, use_cache=False).logits, expected, **TOLERANCE)
-    cache, steps = None, []
-    for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, 24))):
-        output = converted(step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **TOLERANCE)
+    torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
 
 
 @torch.no_grad()
@@ -160,12 +165,8 @@ def test_mla_reads_its_cache_as_it_prefills(
     converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
     ids = _ids(2, 24)
     expected = converted(ids, use_cache=False).logits
-    cache, steps = None, []
-    for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, 24))):
-        output = converted(step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **TOLERANCE)
+    torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
+    assert "rotary key" in (tmp_path / "out" / "care_report.html").read_text()
     usage = measure_cache(converted, _ids(1, 7))
     assert usage.layer_widths == [rank + rope_width for rank in converted.config.kv_lora_rank]
     assert usage.bytes_per_token == 4 * sum(usage.layer_widths)

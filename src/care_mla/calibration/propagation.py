@@ -61,7 +61,7 @@ class Propagation:
 
     Args:
         model: the source model. Its layers are changed only while one of them runs.
-        windows: calibration tokens; both residual streams are kept for all of them, 2 x tokens x D elements.
+        windows: calibration tokens; both residual streams and a layer's targets are held for all of them, 3 x tokens x D elements.
         ridge: see `linalg.ridge_refit`.
     """
 

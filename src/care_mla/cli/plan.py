@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,12 +69,12 @@ def plan(
 
 
 def forecast_table(forecasts: list[RankForecast]) -> Table:
-    """The budgets of one recipe; the profile is the latent width of each layer, as bars of the widest."""
+    """The budgets of one recipe; the profile is the cached width of each layer, as bars of the widest."""
     table = Table(title=forecasts[0].name, title_justify="left")
     for column in ("saved", "elements", "predicted", "widths", "profile"):
         table.add_column(column, justify="left" if column == "profile" else "right", no_wrap=True)
     for forecast in forecasts:
-        widths = [sum(layer) for layer in forecast.plan.ranks]
+        widths = forecast.plan.cached_widths
         predicted = forecast.predicted_loss_increase
         table.add_row(
             f"{100 * forecast.kv_save:.1f}%",
@@ -85,7 +86,7 @@ def forecast_table(forecasts: list[RankForecast]) -> Table:
     return table
 
 
-def _profile(widths: list[int]) -> str:
+def _profile(widths: Sequence[int]) -> str:
     step = max(1, -(-len(widths) // 36))  # long models: the mean of neighbours
     means = [sum(part) / len(part) for part in (widths[i : i + step] for i in range(0, len(widths), step))]
     return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * mean / max(means) - 1e-9))] for mean in means)

@@ -203,7 +203,7 @@ class MlaAttention(ConvertedAttention):
         latent, rotary_key = cached[..., : self.rank], cached[..., self.rank :]
         up = self.kv_b_proj.weight.view(self.num_heads, 2 * d, self.rank)
 
-        # Per cached token and head: rebuilding costs 2d R, then 3d + P for each query; absorbed, 2R + P for each query.
+        # Per cached token and head: rebuilding costs 2d R, then 2d + 2P for each query; absorbed, 2R + 2P for each query.
         if num_queries * 2 * self.rank < 2 * d * self.rank + num_queries * 2 * d and self._may_absorb():
             scores = (free @ up[:, :d]) @ latent[:, None].transpose(-1, -2)
             scores = (scores + rotary @ rotary_key[:, None].transpose(-1, -2)) * self.scaling

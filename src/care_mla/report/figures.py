@@ -18,8 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from care_mla.pipeline import RankForecast
 
-BLOCK_NAMES = {"k": "keys", "v": "values", "kv": "keys and values"}
-COLORS = {"k": "#2563eb", "v": "#ea580c", "kv": "#0f766e"}
+BLOCK_NAMES = {"k": "keys", "v": "values", "kv": "keys and values", "rope": "rotary key"}
+COLORS = {"k": "#2563eb", "v": "#ea580c", "kv": "#0f766e", "rope": "#7c3aed"}
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -63,7 +63,7 @@ def rank_profile(ranks: Sequence[Sequence[int]], blocks: Sequence[str], parity: 
 
 
 def forecast(forecasts: Sequence[RankForecast], parity: int) -> Figure:
-    """Predicted loss increase against saving, one line a recipe; below, the first recipe's latent widths by layer."""
+    """Predicted loss increase against saving, one line a recipe; below, the first recipe's cached widths by layer."""
     with plt.rc_context(_STYLE):
         figure, (loss, profile) = plt.subplots(2, 1, figsize=(7.2, 6.4), layout="constrained")
         for name, group in groupby(forecasts, key=lambda f: f.name):
@@ -77,7 +77,7 @@ def forecast(forecasts: Sequence[RankForecast], parity: int) -> Figure:
         else:
             loss.text(0.5, 0.5, "no Fisher statistics: no prediction", ha="center", transform=loss.transAxes)
         for f in (f for f in forecasts if f.name == forecasts[0].name):
-            widths = [sum(ranks) for ranks in f.plan.ranks]
+            widths = f.plan.cached_widths
             profile.step(range(len(widths)), widths, where="mid", label=f"{100 * f.kv_save:.1f}% saved")
         profile.axhline(parity, color="#6b7280", linestyle="--", linewidth=1, label="unconverted cache")
         profile.set(

@@ -21,6 +21,8 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
     """
     plan, geometry = manifest["plan"], manifest["source"]["geometry"]
     blocks = BLOCKS[plan["layout"]]
+    rope = plan.get("qk_rope_head_dim", 0)
+    cached = [[*ranks, rope] if rope else ranks for ranks in plan["ranks"]]
     parity = 2 * geometry["num_kv_heads"] * geometry["head_dim"]
     environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
     manifest = {"predicted_loss_increase": None, "notes": [], **manifest}  # manifests of earlier versions have neither
@@ -38,7 +40,7 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
         blocks=blocks,
         block_names=figures.BLOCK_NAMES,
         evaluations=evaluations,
-        rank_figure=figures.rank_profile(plan["ranks"], blocks, parity),
+        rank_figure=figures.rank_profile(cached, (*blocks, *(["rope"] if rope else [])), parity),
         spectrum_figures=[
             figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
             for index, block in enumerate(blocks)

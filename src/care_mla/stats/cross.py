@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -33,10 +34,8 @@ class CrossMoments(MergeableSums):
     def zeros(cls, input_width: int, target_width: int, *, device: torch.device | None = None) -> CrossMoments:
         """Empty sums."""
 
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        return cls(new(), new(), new(input_width, input_width), new(target_width, input_width), new())
+        new = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(new(()), new(()), new(input_width, input_width), new(target_width, input_width), new(()))
 
     def update(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -45,11 +46,14 @@ class FisherMoments(MergeableSums):
     def zeros(cls, output_width: int, *, device: torch.device | None = None) -> FisherMoments:
         """Empty sums for outputs of width m."""
 
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        new = partial(torch.zeros, dtype=torch.float64, device=device)
         return cls(
-            new(), new(), new(output_width), new(output_width, output_width), new(), new(output_width, output_width)
+            new(()),
+            new(()),
+            new(output_width),
+            new(output_width, output_width),
+            new(()),
+            new(output_width, output_width),
         )
 
     def update(

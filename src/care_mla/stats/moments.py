@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -73,15 +74,13 @@ class Moments(MergeableSums):
     ) -> Moments:
         """Empty sums for outputs of width m and inputs of width D."""
 
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        new = partial(torch.zeros, dtype=torch.float64, device=device)
         return cls(
-            weight=new(),
-            num_tokens=new(),
+            weight=new(()),
+            num_tokens=new(()),
             output_sum=new(output_width),
             output_second=new(output_width, output_width),
-            input_energy=new(),
+            input_energy=new(()),
             input_magnitude=new(input_width),
             input_second=new(input_width, input_width) if with_inputs else None,
         )
