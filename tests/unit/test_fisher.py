@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 
 import care_mla
 from care_mla.calibration import collect_fisher, collect_moments, make_windows
-from care_mla.calibration.collect import _sampled_gradient
+from care_mla.calibration.collect import _draw, _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError, NumericalError
 from care_mla.families import get_family
 from care_mla.geometry import Geometry
@@ -270,3 +270,13 @@ def test_broken_autograd_is_refused(text_file: Path) -> None:
     windows = make_windows(str(text_file), byte_tokenizer(), samples=2, seqlen=16, seed=0)
     with pytest.raises(CalibrationError, match="choose --method care"):
         collect_fisher(model, get_family(model.config.to_dict()), windows)
+
+
+def test_labels_are_drawn_from_the_prediction() -> None:
+    """Blocks that do not divide the vocabulary, blocks without mass and a label of zero probability included."""
+    probabilities = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.0, 0.2, 0.4])
+    drawn = _draw(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0), block=2)
+    shares = torch.bincount(drawn[:, 0], minlength=7) / len(drawn)
+    assert drawn.shape == (20_000, 1) and drawn.max() < 7
+    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0.0)
+    assert (shares[probabilities == 0] == 0).all()

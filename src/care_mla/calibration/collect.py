@@ -158,6 +158,27 @@ class _FisherTap(_LayerTap):
                 ) from error
 
 
+def _draw(probabilities: Tensor, generator: torch.Generator, block: int = 256) -> Tensor:
+    """One label per row of [tokens, vocabulary], as [tokens, 1].
+
+    By inversion, in two steps: first the block of the vocabulary, then the label in it. torch.multinomial would draw a
+    variate for every entry, and one running sum over the whole vocabulary costs several times the blocks' sums.
+    """
+    tokens, vocabulary = probabilities.shape
+    missing = -vocabulary % block
+    padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
+    blocks = padded.view(tokens, -1, block)
+    uniform = torch.rand(tokens, 1, generator=generator).to(probabilities.device)
+    before = blocks.sum(-1).cumsum(-1)  # [tokens, blocks]
+    mass = uniform * before[:, -1:]
+    chosen = torch.searchsorted(before, mass).clamp_max(before.shape[1] - 1)
+    mass = mass - torch.where(chosen > 0, before.gather(1, (chosen - 1).clamp_min(0)), 0.0)
+    within = blocks[torch.arange(tokens, device=chosen.device), chosen[:, 0]].cumsum(-1)  # [tokens, block]
+    # Rounding may leave the mass beyond the block's last entry with any: the last label that has some is taken.
+    label = torch.searchsorted(within, torch.minimum(mass, within[:, -1:]))
+    return (chosen * block + label).clamp_max(vocabulary - 1)
+
+
 def _sampled_gradient(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient at the logits [batch, seqlen, vocabulary] of the summed cross entropy against labels drawn from the model's own prediction.
 
@@ -165,11 +186,8 @@ def _sampled_gradient(logits: Tensor, counted: Tensor, generator: torch.Generato
     the model make it the true Fisher; those of the text, the empirical one.
     """
     probabilities = logits.detach().float().softmax(-1).flatten(0, 1)
-    # By inversion: torch.multinomial would draw a variate for every entry of the vocabulary.
-    cumulative = probabilities.cumsum(-1)
-    drawn = torch.rand(len(probabilities), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
-    labels = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
-    gradient = probabilities.scatter_add_(1, labels, torch.full_like(drawn, -1.0))
+    labels = _draw(probabilities, generator)
+    gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=probabilities.dtype))
     return gradient.mul_(counted.flatten()[:, None]).view_as(logits).to(logits.dtype)
 
 

@@ -61,7 +61,7 @@ class Propagation:
 
     Args:
         model: the source model. Its layers are changed only while one of them runs.
-        windows: calibration tokens; both residual streams and a layer's targets are held for all of them, 3 x tokens x D elements.
+        windows: calibration tokens; both residual streams, a layer's targets and its attention's contexts are held for all of them, about 4 x tokens x D elements.
         ridge: see `linalg.ridge_refit`.
     """
 
@@ -125,6 +125,7 @@ class Propagation:
         targets = [self._advance_original(streams, module, o_proj, layer) for streams in self._streams]
         moments = CrossMoments.zeros(o_proj.in_features, o_proj.out_features, device=self.model.device)
         W = o_proj.weight.double()
+        contexts: list[Tensor] = []
         with _converted(attention, self.family, projections):
             for streams, (target, weight) in zip(self._streams, targets, strict=True):
                 context = _attention_context(module, o_proj, streams.converted, streams.layer_arguments[layer])
@@ -133,14 +134,14 @@ class Propagation:
                     target.flatten(0, 1)[streams.counted],
                     weight.flatten()[streams.counted] * streams.token_weight,
                 )
-            try:
-                refitted = ridge_refit(
-                    W, moments.input_second / moments.weight, moments.cross / moments.weight, self.ridge
-                )
-            except NumericalError as error:
-                raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
-            with _weight(o_proj, refitted):
-                for streams in self._streams:
+                contexts.append(context)
+        try:
+            refitted = ridge_refit(W, moments.input_second / moments.weight, moments.cross / moments.weight, self.ridge)
+        except NumericalError as error:
+            raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
+        with _weight(o_proj, refitted):
+            for streams, context in zip(self._streams, contexts, strict=True):
+                with _attending(attention, o_proj(context)):
                     streams.converted = module(streams.converted, **streams.layer_arguments[layer])
         return OutputRefit(refitted.cpu(), moments.relative_error(W), moments.relative_error(refitted))
 
@@ -181,6 +182,16 @@ def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProje
     finally:
         for name, module in originals.items():
             setattr(attention, name, module)
+
+
+@contextmanager
+def _attending(attention: nn.Module, output: Tensor) -> Iterator[None]:
+    """An attention whose output is known already; transformers' attentions return it with their weights."""
+    attention.forward = lambda *inputs, **keywords: (output, None)
+    try:
+        yield
+    finally:
+        del attention.forward  # the class's own again
 
 
 @contextmanager

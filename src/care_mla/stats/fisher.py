@@ -80,7 +80,8 @@ class FisherMoments(MergeableSums):
         total = float(norms.sum())
         if not total > 0 or total == float("inf"):
             raise CalibrationError("gradients are all zero" if total == 0 else "non-finite gradients")
-        inverse = torch.linalg.inv(shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)).to(precision)
+        shrunk = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk)).to(precision)
         leverage = ((y @ inverse) * y).sum(1)
         if token_weight is not None:
             norms, leverage = norms * token_weight.to(precision), leverage * token_weight.to(precision)
