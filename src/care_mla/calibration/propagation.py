@@ -7,13 +7,14 @@ part of them back. It costs no cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from care_mla.calibration.corpus import Batch, TokenWindows
@@ -61,7 +62,8 @@ class Propagation:
 
     Args:
         model: the source model. Its layers are changed only while one of them runs.
-        windows: calibration tokens; both residual streams, a layer's targets and its attention's contexts are held for all of them, about 4 x tokens x D elements.
+        windows: calibration tokens; both residual streams, a layer's targets and its attention's contexts are held for all
+            of them, about 4 x tokens x D elements.
         ridge: see `linalg.ridge_refit`.
     """
 
@@ -84,17 +86,12 @@ class Propagation:
             arguments.append(keywords)
             return hidden_states
 
-        for layer in self.layers:
-            layer.forward = note
-        try:
+        with _standing_in(self.layers, note):
             self.model.get_decoder()(
                 input_ids=batch.input_ids.to(self.model.device),
                 attention_mask=batch.mask_or_none(self.model.device),
                 use_cache=False,
             )
-        finally:
-            for layer in self.layers:
-                del layer.forward  # the class's own again
         counted = batch.attention_mask.flatten().bool()
         weight = batch.token_weight.flatten()[counted]
         device = self.model.device
@@ -139,10 +136,11 @@ class Propagation:
             refitted = ridge_refit(W, moments.input_second / moments.weight, moments.cross / moments.weight, self.ridge)
         except NumericalError as error:
             raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
-        with _weight(o_proj, refitted):
-            for streams, context in zip(self._streams, contexts, strict=True):
-                with _attending(attention, o_proj(context)):
-                    streams.converted = module(streams.converted, **streams.layer_arguments[layer])
+        for streams, context in zip(self._streams, contexts, strict=True):
+            output = linear(context, refitted.to(context.dtype), o_proj.bias)
+            # transformers' attentions return their output and their weights
+            with _standing_in([attention], lambda *inputs, output=output, **keywords: (output, None)):
+                streams.converted = module(streams.converted, **streams.layer_arguments[layer])
         return OutputRefit(refitted.cpu(), moments.relative_error(W), moments.relative_error(refitted))
 
     @staticmethod
@@ -171,13 +169,13 @@ def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProje
     try:
         for name, (weight, bias) in maps.items():
             like = originals[name].weight
-            linear = nn.Linear(
+            replacement = nn.Linear(
                 like.shape[1], like.shape[0], bias=bias is not None, device=like.device, dtype=like.dtype
             )
-            linear.weight.copy_(weight)
+            replacement.weight.copy_(weight)
             if bias is not None:
-                linear.bias.copy_(bias)
-            setattr(attention, name, linear)
+                replacement.bias.copy_(bias)
+            setattr(attention, name, replacement)
         yield
     finally:
         for name, module in originals.items():
@@ -185,24 +183,15 @@ def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProje
 
 
 @contextmanager
-def _attending(attention: nn.Module, output: Tensor) -> Iterator[None]:
-    """An attention whose output is known already; transformers' attentions return it with their weights."""
-    attention.forward = lambda *inputs, **keywords: (output, None)
+def _standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """A function called in place of the modules for as long as the context lasts."""
+    for module in modules:
+        module.forward = forward
     try:
         yield
     finally:
-        del attention.forward  # the class's own again
-
-
-@contextmanager
-def _weight(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
-    """Another weight for as long as the context lasts."""
-    original = linear.weight.data
-    linear.weight.data = weight.to(original.dtype)
-    try:
-        yield
-    finally:
-        linear.weight.data = original
+        for module in modules:
+            del module.forward  # the class's own again
 
 
 class _Reached(Exception):  # noqa: N818  (a signal, not an error)
