@@ -138,11 +138,12 @@ def _by_layer(lines: dict[str, tuple[str, list[float]]], label: str) -> str:
 
 
 def layer_losses(layers: Sequence[dict[str, Any]]) -> str:
-    """Predicted loss increase of every layer."""
+    """Predicted loss increase of every layer, in thousandths of a nat."""
 
     def draw(axes: Axes) -> None:
-        axes.bar(range(len(layers)), [layer["predicted_loss_increase"] for layer in layers], color="#0f766e", width=0.8)
-        axes.set(xlabel="layer", ylabel="nats per token")
+        millinats = [1000 * layer["predicted_loss_increase"] for layer in layers]  # short tick labels fit the frame
+        axes.bar(range(len(layers)), millinats, color="#0f766e", width=0.8)
+        axes.set(xlabel="layer", ylabel="0.001 nats per token")
 
     return _svg(draw)
 
