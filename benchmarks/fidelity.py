@@ -30,6 +30,7 @@ from care_mla.calibration import load_text, load_tokenizer
 from care_mla.calibration.corpus import tokenize
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
+from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.pipeline import versions, write_json
 
 BUDGETS = (0.5, 0.75, 0.875)
@@ -79,9 +80,9 @@ def choice_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         choices = [choice.strip() for choice in item["choices"]]
         answers = [tokenize(tokenizer, " " + choice) for choice in choices]
         read = model(query[None], use_cache=True, logits_to_keep=1)  # the query once, its cache for every choice
-        read.past_key_values.batch_repeat_interleave(len(choices))
+        cache_of(read).batch_repeat_interleave(len(choices))
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)  # on the right: no earlier token sees it
-        rest = model(padded, past_key_values=read.past_key_values, use_cache=True).logits
+        rest = model(padded, **{CACHE_NAME: cache_of(read)}, use_cache=True).logits
         predictions = torch.cat([read.logits.expand(len(choices), -1, -1), rest], dim=1).log_softmax(-1)
         scores = []
         for answer, predicted, choice in zip(answers, predictions, choices, strict=True):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import care_mla
 from care_mla.errors import UnsupportedModelError
 from care_mla.evaluation import measure_cache
+from care_mla.modeling import CACHE_NAME, cache_of
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
@@ -62,8 +63,8 @@ def _token_by_token(model: Any, ids: Tensor) -> Tensor:
     """Logits of a prompt of five tokens and then one token at a time from the cache."""
     cache, steps = None, []
     for step in (ids[:, :5], *(ids[:, i : i + 1] for i in range(5, ids.shape[1]))):
-        output = model(step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(step, **{CACHE_NAME: cache}, use_cache=True)
+        cache = cache_of(output)
         steps.append(output.logits)
     return torch.cat(steps, dim=1)
 

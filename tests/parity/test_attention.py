@@ -8,7 +8,7 @@ from tiny import tiny_model
 from transformers import DynamicCache
 
 from care_mla.errors import ConfigError
-from care_mla.modeling import CareMlaConfig, CareMlaForCausalLM, LatentCache
+from care_mla.modeling import CACHE_NAME, CareMlaConfig, CareMlaForCausalLM, LatentCache, cache_of
 from care_mla.modeling import attention as attention_module
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def test_absorbed_equals_expanded(
         step = model(
             IDS[:, :3],
             attention_mask=torch.cat([mask, mask[:, -3:]], 1),
-            past_key_values=prefill.past_key_values,
+            **{CACHE_NAME: cache_of(prefill)},
             use_cache=True,
         )
         logits.append(torch.cat([prefill.logits[:, 5:], step.logits], dim=1))
@@ -67,7 +67,7 @@ def test_cache_crop_select_and_repeat_keep_positions() -> None:
     mask[0, :4] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = LatentCache(config=model.config)
-    model(IDS, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    model(IDS, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
     cache.crop(-2)
     assert cache.get_seq_length() == 10 and torch.equal(cache.positions, positions[:, :10].int())
     cache.batch_repeat_interleave(2)
@@ -90,7 +90,7 @@ def test_holes_in_the_mask_keep_their_positions() -> None:
     prompt = IDS[:, :7]
     mask = (torch.arange(7)[None] < torch.tensor(lengths)[:, None]).long()
     cache = LatentCache(config=model.config)
-    model(prompt, attention_mask=mask, position_ids=torch.arange(7)[None], past_key_values=cache)
+    model(prompt, attention_mask=mask, position_ids=torch.arange(7)[None], **{CACHE_NAME: cache})
     step_mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     step = model(
         IDS[:, 7:8], attention_mask=step_mask, position_ids=torch.tensor(lengths)[:, None], past_key_values=cache
@@ -100,10 +100,22 @@ def test_holes_in_the_mask_keep_their_positions() -> None:
         torch.testing.assert_close(step.logits[row, -1], alone.logits[0, -1], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_the_cache_goes_by_both_of_its_names(name: str) -> None:
+    """transformers renamed it in 5.24; users and engines pass either."""
+    model = _converted()
+    cache = LatentCache(config=model.config)
+    model(IDS[:, :7], **{name: cache})
+    step = model(IDS[:, 7:], **{name: cache})
+    assert cache_of(step) is cache and cache.get_seq_length() == IDS.shape[1]
+    torch.testing.assert_close(step.logits, model(IDS, use_cache=False).logits[:, 7:], atol=2e-5, rtol=0)
+
+
 def test_foreign_caches_are_refused() -> None:
     model = _converted()
     with pytest.raises(ConfigError, match="LatentCache"):
-        model(IDS, past_key_values=DynamicCache())
+        model(IDS, **{CACHE_NAME: DynamicCache()})
     with pytest.raises(ConfigError, match="static"):
         model.generate(IDS, max_new_tokens=2, cache_implementation="static")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from care_mla.errors import CalibrationError, CheckpointError, ConfigError
+from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.progress import Track, silent
 
 
@@ -313,8 +314,8 @@ def sample_from_model(
         ids = first if bos is None else torch.full((rows, 1), bos)
         past, step = None, ids.to(model.device)
         while ids.shape[1] < seqlen:
-            output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = output.past_key_values
+            output = model(step, **{CACHE_NAME: past}, use_cache=True, logits_to_keep=1)
+            past = cache_of(output)
             logits = output.logits[:, -1].float().cpu()
             logits[:, special] = -torch.inf
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)

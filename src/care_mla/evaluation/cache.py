@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from care_mla.modeling import cache_of
+
 
 @dataclass(frozen=True)
 class CacheUsage:
@@ -39,7 +41,7 @@ def cache_tensors(cache: Cache) -> tuple[list[list[Tensor]], list[Tensor]]:
 def measure_cache(model: PreTrainedModel, input_ids: Tensor) -> CacheUsage:
     """Prefill [1, tokens] and add up what the cache then holds."""
     output = model(input_ids.to(model.device), use_cache=True, logits_to_keep=1)
-    layers, shared = cache_tensors(output.past_key_values)
+    layers, shared = cache_tensors(cache_of(output))
     tokens = input_ids.shape[1]
     widths = [sum(t.numel() for t in tensors) / tokens for tensors in layers]
     total_bytes = sum(t.numel() * t.element_size() for tensors in [*layers, shared] for t in tensors)

@@ -1,17 +1,19 @@
 """The project's own Hugging Face classes. Importing this registers them with AutoConfig and AutoModelForCausalLM."""
 
 from care_mla.modeling.attention import LatentAttention
-from care_mla.modeling.cache import LatentCache
+from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
 
 __all__ = [
+    "CACHE_NAME",
     "LANGUAGE_MODEL",
     "CareMlaConfig",
     "CareMlaForCausalLM",
     "LatentAttention",
     "LatentCache",
+    "cache_of",
     "converted_config",
     "gguf_to_directory",
     "load",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from care_mla.families import FamilySpec
-from care_mla.modeling.cache import LatentCache
+from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
 
@@ -118,15 +118,15 @@ class LatentAttention(ConvertedAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: LatentCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache: LatentCache | None = kwargs.pop(CACHE_NAME, None)
         queries = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
         latent = self.kv_a_proj(hidden_states)
         key_rotation = position_embeddings
-        if past_key_values is not None:
-            latent = past_key_values.append_latent(latent, self.layer_idx)
-            key_rotation = past_key_values.rotation(
+        if cache is not None:
+            latent = cache.append_latent(latent, self.layer_idx)
+            key_rotation = cache.rotation(
                 lambda positions: self._rotary(hidden_states, position_ids=positions), latent.shape[1], self.layer_type
             )
         keys = rotate(self._heads(self.k_b_proj(latent[..., : self.k_rank]), self.k_norm), *key_rotation)
@@ -186,9 +186,9 @@ class MlaAttention(ConvertedAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: LatentCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache: LatentCache | None = kwargs.pop(CACHE_NAME, None)
         batch, num_queries, _ = hidden_states.shape
         d = self.head_dim
         cos, sin = (part[..., self.frequencies].repeat(1, 1, 2) for part in position_embeddings)
@@ -198,8 +198,8 @@ class MlaAttention(ConvertedAttention):
         cached = self.kv_a_proj_with_mqa(hidden_states)
         turned = rotate(cached[:, None, :, self.rank :], cos, sin)[:, 0]
         cached = torch.cat([cached[..., : self.rank], turned], dim=-1)
-        if past_key_values is not None:
-            cached = past_key_values.append_latent(cached, self.layer_idx)
+        if cache is not None:
+            cached = cache.append_latent(cached, self.layer_idx)
         latent, rotary_key = cached[..., : self.rank], cached[..., self.rank :]
         up = self.kv_b_proj.weight.view(self.num_heads, 2 * d, self.rank)
 

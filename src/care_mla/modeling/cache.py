@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What transformers calls the cache in arguments and outputs: `cache` from 5.24 on, `past_key_values` before."""
+
+
+def cache_of(output: CausalLMOutputWithPast) -> DynamicCache:
+    """The cache that a forward pass returned."""
+    return cast(DynamicCache, getattr(output, CACHE_NAME))
 
 
 class LatentCache(DynamicCache):

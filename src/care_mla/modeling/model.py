@@ -14,7 +14,7 @@ from care_mla.checkpoint import resolve_source
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
 from care_mla.modeling.attention import LatentAttention, MlaAttention
-from care_mla.modeling.cache import LatentCache
+from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
 LANGUAGE_MODEL = "language_model"
@@ -31,7 +31,7 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  (transformers' own idiom)
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012  (transformers' own idiom)
 
     def __init__(self, config: CareMlaConfig):
         super().__init__(config)
@@ -54,7 +54,7 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         self.language_model.set_output_embeddings(value)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
             return
         kind = generation_config.cache_implementation
@@ -65,41 +65,46 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         cache = LatentCache(config=self.config, offloading=kind == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: LatentCache | None = None,
+        cache: LatentCache | None = None,
         inputs_embeds: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: LatentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the source model's forward; `past_key_values` is a `LatentCache` (made here when use_cache and absent)."""
+        """As the source model's forward; `cache` is a `LatentCache` (made here when use_cache and absent).
+
+        `past_key_values` is its other name, whichever of the two this version of transformers uses.
+        """
+        cache = past_key_values if cache is None else cache
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = LatentCache(config=self.config)
-        if past_key_values is not None:
-            if not isinstance(past_key_values, LatentCache):
+        if use_cache and cache is None:
+            cache = LatentCache(config=self.config)
+        if cache is not None:
+            if not isinstance(cache, LatentCache):
                 raise ConfigError(
-                    f"past_key_values is a {type(past_key_values).__name__}; a converted model needs care_mla.LatentCache(config=model.config)"
+                    f"the cache is a {type(cache).__name__}; a converted model needs care_mla.LatentCache(config=model.config)"
                 )
             if self.config.layout != "mla":
                 tokens = inputs_embeds if input_ids is None else input_ids
-                position_ids = past_key_values.append_positions(tokens, position_ids)
+                position_ids = cache.append_positions(tokens, position_ids)
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
