@@ -25,10 +25,12 @@ from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings, Recipe
 from care_mla.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
+from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
 from care_mla.mapping import (
     EXPRESSES,
+    REFUSES,
     AttentionWeights,
     dense_projections,
     latent_tensors,
@@ -75,48 +77,48 @@ class Source:
     family: FamilySpec
     geometry: Geometry
 
-    def projection(self, layer: int, projection: str) -> tuple[Tensor, Tensor | None]:
-        """Weight [n, D] and bias [n] (or None) of a key or value projection, as stored."""
-        prefix = f"{self.family.attention_name(layer)}.{projection}"
-        weight = self.reader[f"{prefix}.weight"]
-        expected = (self.geometry.kv_width, self.geometry.hidden_size)
-        if tuple(weight.shape) != expected:
-            raise CheckpointError(f"{prefix}.weight has shape {tuple(weight.shape)}, config.json asks for {expected}")
-        return weight, self.reader.get(f"{prefix}.bias")
+    def projection(self, layer: int, projection: Projection) -> tuple[Tensor, Tensor | None]:
+        """Weight [n, D] ([D, n] of o) and bias (or None) of a projection, as stored."""
+        module, rows = self.family.stored(projection, self.geometry)
+        prefix = f"{self.family.attention_name(layer)}.{module}"
+        whole, bias = self.reader[f"{prefix}.weight"], self.reader.get(f"{prefix}.bias")
+        weight = whole[rows]
+        queries = self.geometry.num_heads * self.geometry.head_dim
+        n, hidden = (self.geometry.kv_width if projection in ("k", "v") else queries), self.geometry.hidden_size
+        if weight.shape != ((hidden, n) if projection == "o" else (n, hidden)) or (rows.stop or 0) > len(whole):
+            raise CheckpointError(
+                f"{prefix}.weight has shape {tuple(whole.shape)}, config.json asks for {n} outputs of {projection} in it and hidden size {hidden}"
+            )
+        return weight, None if bias is None else bias[rows]
 
     def stacked_weights(self, layer: int) -> Tensor:
         """W = [W_K ; W_V], [2n, D] float64."""
         return torch.cat(
-            [self.projection(layer, name)[0].double() for name in (self.family.k_proj, self.family.v_proj)]
+            [self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()]
         )
 
     def converted_tensors(self, layer: int, factors: Sequence[Factors], spectra: LayerSpectra) -> dict[str, Tensor]:
-        """Weights of a converted attention module, by name, float64."""
-        family, mean = self.family, spectra.means[layer]
-        _, k_bias = self.projection(layer, family.k_proj)
-        _, v_bias = self.projection(layer, family.v_proj)
+        """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
+        mean, geometry = spectra.means[layer], self.geometry
+        parts: tuple[Projection, ...] = ("q", "k", "v", "o") if spectra.selections else ("q", "k", "v")
+        stored = {part: self.projection(layer, part) for part in parts}
         if not spectra.selections:
-            stacked = self.stacked_weights(layer)
-            return latent_tensors(factors, stacked, layout=spectra.layout, k_bias=k_bias, v_bias=v_bias, mean=mean)
-        attention = self.family.attention_name(layer)
-
-        def read(name: str) -> Tensor | None:
-            tensor = self.reader.get(f"{attention}.{name}")
-            return None if tensor is None else tensor.double()
-
-        weights = AttentionWeights(
-            q=self.reader[f"{attention}.{family.q_proj}.weight"].double(),
-            k=self.projection(layer, family.k_proj)[0].double(),
-            v=self.projection(layer, family.v_proj)[0].double(),
-            o=self.reader[f"{attention}.{family.o_proj}.weight"].double(),
-            q_bias=read(f"{family.q_proj}.bias"),
-            k_bias=None if k_bias is None else k_bias.double(),
-            v_bias=None if v_bias is None else v_bias.double(),
-            o_bias=read(f"{family.o_proj}.bias"),
-        )
-        geometry = self.geometry
+            tensors = latent_tensors(
+                factors,
+                self.stacked_weights(layer),
+                layout=spectra.layout,
+                k_bias=stored["k"][1],
+                v_bias=stored["v"][1],
+                mean=mean,
+            )
+            if self.family.qkv_proj is not None:
+                weight, bias = stored["q"]
+                tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
+            return tensors
+        weights = {part: weight.double() for part, (weight, _) in stored.items()}
+        biases = {f"{part}_bias": None if bias is None else bias.double() for part, (_, bias) in stored.items()}
         return mla_tensors(
-            weights,
+            AttentionWeights(**weights, **biases),
             spectra.selections[layer],
             factors[0],
             num_kv_heads=geometry.num_kv_heads,
@@ -148,8 +150,10 @@ def require_expressible(family: FamilySpec, config: dict[str, Any], layout: Layo
     if lost:
         able = [name for name, kept in EXPRESSES.items() if set(lost) <= set(kept)]
         hint = f"; choose --layout {' or '.join(able)}" if able else ""
+        because = "; ".join(REFUSES[layout][feature] for feature in lost if feature in REFUSES[layout])
         raise UnsupportedModelError(
             f"this {family.model_type} model has {', '.join(lost)}, which layout {layout} cannot express{hint}"
+            + (f" ({because})" if because else "")
         )
 
 
@@ -207,7 +211,7 @@ class Inspection:
     """What config.json alone tells of a source.
 
     Attributes:
-        features: (feature, how this model has it, how layouts split and joint keep it, how mla does; or "no").
+        features: (feature, how this model has it, how layouts split and joint keep it, how mla does; or "no" and why).
     """
 
     architecture: str
@@ -216,6 +220,11 @@ class Inspection:
     element_bytes: int
     budgets: list[BudgetRow]
     features: list[tuple[str, str, str, str]]
+
+
+def _no(feature: str, layout: Layout) -> str:
+    """What a layout says of a feature that it cannot express."""
+    return ": ".join(["no", REFUSES[layout].get(feature, "")]).removesuffix(": ")
 
 
 def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -> Inspection:
@@ -239,7 +248,7 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
         element_bytes=getattr(torch, dtype).itemsize,
         budgets=rows,
         features=[
-            (name, how, EXPRESSES["joint"].get(name, "no"), EXPRESSES["mla"].get(name, "no"))
+            (name, how, *(EXPRESSES[layout].get(name) or _no(name, layout) for layout in ("joint", "mla")))
             for name, how in family.features(config).items()
         ],
     )
@@ -650,7 +659,7 @@ def convert(
             record = _layer_record(spectra, statistics, plan, layer)
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
-                tensors[f"{opened.family.o_proj}.weight"] = refitted.weight
+                tensors["o_proj.weight"] = refitted.weight
                 record["output_error"] = {"before": refitted.error_before, "after": refitted.error_after}
             writer.add_layer(layer, tensors)
             layers.append(record)
@@ -705,23 +714,26 @@ class _CheckpointBuilder:
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
         self.dtype = (
-            source.projection(0, family.k_proj)[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+            source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         )
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()
         self.replaced = {
-            f"{family.attention_name(layer)}.{projection}.{kind}"
+            f"{family.attention_name(layer)}.{family.stored(projection, source.geometry)[0]}.{kind}"
             for layer in range(source.geometry.num_layers)
-            for projection in (family.k_proj, family.v_proj)
+            for projection in ("k", "v")
             for kind in ("weight", "bias")
         }
 
     def add_layer(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """The converted projections of one layer, in place of the source's of the same name."""
+        """The converted projections of one layer, in place of the source's; q_proj and o_proj under the family's names."""
         self.biases |= {name for name in tensors if name.endswith(".bias")}
-        attention = self.source.family.attention_name(layer)
-        for name, tensor in tensors.items():
+        family = self.source.family
+        attention, own_names = family.attention_name(layer), {"q_proj": family.q_proj, "o_proj": family.o_proj}
+        for canonical, tensor in tensors.items():
+            module, _, kind = canonical.rpartition(".")
+            name = f"{own_names.get(module, module)}.{kind}"
             self.replaced.add(f"{attention}.{name}")
             self.writer.add(f"{self.prefix}{attention}.{name}", tensor.to(self.dtype))
 

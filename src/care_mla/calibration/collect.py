@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ class _LayerTap:
         """What counts in the coming forward pass."""
         self.counted, self.token_weight = counted, token_weight
 
-    def on_keys(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-        self._keys = _without_bias(output, module)
+    def on_keys(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Forward hook of the module that holds the keys in `rows` of its outputs."""
+        self._keys = _without_bias(output, module)[..., rows]
 
-    def on_values(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_values(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Forward hook of the module that holds the values in `rows` of its outputs."""
         assert self._keys is not None
-        y = torch.cat([self._keys, _without_bias(output, module)], dim=-1).flatten(0, 1)
+        y = torch.cat([self._keys, _without_bias(output, module)[..., rows]], dim=-1).flatten(0, 1)
         x = inputs[0].flatten(0, 1)
         self._keys = None
         if self.counted is not None:
@@ -55,11 +58,14 @@ def _without_bias(output: Tensor, module: nn.Linear) -> Tensor:
 @contextmanager
 def _tapped(model: PreTrainedModel, family: FamilySpec, taps: Sequence[_LayerTap]) -> Iterator[None]:
     handles = []
+    geometry = family.geometry(model.config.to_dict())
+    (keys, key_rows), (values, value_rows) = (family.stored(projection, geometry) for projection in ("k", "v"))
     try:
         for tap in taps:
             attention = model.get_submodule(family.attention_name(tap.layer))
-            handles.append(attention.get_submodule(family.k_proj).register_forward_hook(tap.on_keys))
-            handles.append(attention.get_submodule(family.v_proj).register_forward_hook(tap.on_values))
+            on_keys, on_values = partial(tap.on_keys, key_rows), partial(tap.on_values, value_rows)
+            handles.append(attention.get_submodule(keys).register_forward_hook(on_keys))
+            handles.append(attention.get_submodule(values).register_forward_hook(on_values))
         yield
     finally:
         for handle in handles:
@@ -124,23 +130,23 @@ class _FisherTap(_LayerTap):
         self._outputs: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
 
-    def on_keys(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_keys(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
-            super().on_keys(module, inputs, output.detach())
-            self._watch("k", output, module)
+            super().on_keys(rows, module, inputs, output.detach())
+            self._watch("k", output, rows, module)
 
-    def on_values(self, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_values(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
-            super().on_values(module, (inputs[0].detach(),), output.detach())
-            self._watch("v", output, module)
+            super().on_values(rows, module, (inputs[0].detach(),), output.detach())
+            self._watch("v", output, rows, module)
 
-    def _watch(self, name: str, output: Tensor, module: nn.Linear) -> None:
+    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Linear) -> None:
         if not output.requires_grad:
             raise CalibrationError(
                 f"layer {self.layer}: this model's forward cuts the gradient; method fisher cannot be used, choose --method care"
             )
-        self._outputs.append(_without_bias(output.detach(), module))
-        output.register_hook(lambda gradient: self._receive(name, gradient))
+        self._outputs.append(_without_bias(output.detach(), module)[..., rows])
+        output.register_hook(lambda gradient: self._receive(name, gradient[..., rows]))
 
     def _receive(self, name: str, gradient: Tensor) -> None:
         self._gradients[name] = gradient

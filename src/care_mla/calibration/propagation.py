@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from care_mla.calibration.corpus import Batch, TokenWindows
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import FamilySpec
+from care_mla.families.spec import Projection
 from care_mla.linalg import ridge_refit
 from care_mla.mapping import DenseProjections
 from care_mla.stats import CrossMoments
@@ -164,18 +165,33 @@ def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arg
 @contextmanager
 def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProjections) -> Iterator[None]:
     """Key and value projections replaced by those of the converted layer."""
-    originals = {name: getattr(attention, name) for name in (family.k_proj, family.v_proj)}
-    maps = {family.k_proj: (projections.k, projections.k_bias), family.v_proj: (projections.v, projections.v_bias)}
+    geometry = family.geometry(attention.config.to_dict())
+    maps: list[tuple[Projection, Tensor, Tensor | None]] = [
+        ("k", projections.k, projections.k_bias),
+        ("v", projections.v, projections.v_bias),
+    ]
+    stored = [(*family.stored(projection, geometry), weight, bias) for projection, weight, bias in maps]
+    originals: dict[str, nn.Linear] = {name: getattr(attention, name) for name, *_ in stored}
+    with_bias = projections.k_bias is not None or projections.v_bias is not None
     try:
-        for name, (weight, bias) in maps.items():
-            like = originals[name].weight
+        for name, like in originals.items():
+            weight = like.weight
             replacement = nn.Linear(
-                like.shape[1], like.shape[0], bias=bias is not None, device=like.device, dtype=like.dtype
+                weight.shape[1],
+                weight.shape[0],
+                bias=with_bias or like.bias is not None,
+                device=weight.device,
+                dtype=weight.dtype,
             )
             replacement.weight.copy_(weight)
-            if bias is not None:
-                replacement.bias.copy_(bias)
+            if replacement.bias is not None:
+                replacement.bias.copy_(torch.zeros_like(replacement.bias) if like.bias is None else like.bias)
             setattr(attention, name, replacement)
+        for name, rows, weight, bias in stored:
+            replacement = getattr(attention, name)
+            replacement.weight[rows] = weight.to(replacement.weight)
+            if bias is not None:
+                replacement.bias[rows] = bias.to(replacement.bias)
         yield
     finally:
         for name, module in originals.items():

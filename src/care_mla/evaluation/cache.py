@@ -34,7 +34,9 @@ def cache_tensors(cache: Cache) -> tuple[list[list[Tensor]], list[Tensor]]:
         [value for value in vars(layer).values() if isinstance(value, Tensor) and value.ndim >= 2]
         for layer in cache.layers
     ]
-    return layers, [value for value in vars(cache).values() if isinstance(value, Tensor)]
+    shared = [value for value in vars(cache).values() if isinstance(value, Tensor)]
+    kept: dict[str | None, tuple[Tensor, Tensor]] = getattr(cache, "kept", {})
+    return layers, [*shared, *(part for parts in kept.values() for part in parts)]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from care_mla.families.spec import FamilySpec
 
 MISTRAL = FamilySpec(
     model_type="mistral",
-    attention_kwargs={"sliding_window": "sliding_window"},
-    config_defaults={"num_key_value_heads": 8, "sliding_window": None, "tie_word_embeddings": False},
+    attention_kwargs={"sliding_window": "config.sliding_window"},
+    config_defaults={"num_key_value_heads": 8, "sliding_window": 4096, "tie_word_embeddings": False},
+    exports=("deepseek-v3",),
 )

@@ -15,8 +15,12 @@ from care_mla.ranks.plan import Layout
 EXPRESSES: dict[Layout, dict[str, str]] = {"split": latent.EXPRESSES, "joint": latent.EXPRESSES, "mla": mla.EXPRESSES}
 """By layout: features of a source (`FamilySpec.features`) that it keeps, and how. One that is not there cannot be converted."""
 
+REFUSES: dict[Layout, dict[str, str]] = {"split": {}, "joint": {}, "mla": mla.REFUSES}
+"""By layout: features that it cannot keep, and why."""
+
 __all__ = [
     "EXPRESSES",
+    "REFUSES",
     "AttentionWeights",
     "DenseProjections",
     "dense_projections",

@@ -21,9 +21,17 @@ from care_mla.stats import LayerStatistics
 
 EXPRESSES: dict[str, str] = {
     "qkv bias": "k and v biases are added to the rebuilt keys and values",
+    "fused qkv": "the rows of q become q_proj",
     "QK-norm": "keys are rebuilt, then normalized",
+    "attention scale": "the attention module's own",
+    "soft-cap": "scores are capped by the source's attention function",
+    "attention sinks": "same logits in the source's attention function",
     "sliding window": "same masks; windowed layers cache a window of latents",
     "RoPE scaling": "keys are rotated by the model's own rotary module",
+    "length-dependent RoPE": "cosines and sines are cached too: keys stay turned as they were when they came in",
+    "partial RoPE": "keys are rebuilt whole, then rotated in part",
+    "RoPE by layer type": "keys are rotated by their layer's frequencies",
+    "layers without RoPE": "keys are not rotated there",
     "tied embeddings": "unchanged",
 }
 """Features of a source (`FamilySpec.features`) that these layouts keep, and how. One that is not here cannot be converted."""

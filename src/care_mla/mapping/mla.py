@@ -21,10 +21,23 @@ from care_mla.rope import RotarySelection, half_split_heads
 
 EXPRESSES: dict[str, str] = {
     "qkv bias": "the rotary key keeps its bias, softmax is blind to that of the position-free keys, the values' joins o_proj",
+    "fused qkv": "q, k and v are read from their rows",
+    "attention scale": "the attention module's own",
     "sliding window": "same masks; windowed layers cache a window",
     "RoPE scaling": "the rotary key is turned by the model's own rotary module",
     "tied embeddings": "unchanged",
 }
+
+REFUSES: dict[str, str] = {
+    "QK-norm": "a norm between the projection and RoPE cannot be absorbed",
+    "soft-cap": "constants of the position-free keys are left to softmax, which is not blind to them once scores are capped",
+    "attention sinks": "constants of the values move into o_proj's bias, and beside a sink the attention weights do not sum to one",
+    "length-dependent RoPE": "it changes the frequencies with the length, so no rotary pair can be chosen",
+    "partial RoPE": "rotary pairs are chosen among those of the whole head",
+    "RoPE by layer type": "rotary pairs are chosen by one set of frequencies",
+    "layers without RoPE": "their shared key would be turned",
+}
+"""Features that this layout cannot keep -> why."""
 
 
 @dataclass(frozen=True)

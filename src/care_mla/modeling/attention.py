@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from care_mla.families import FamilySpec
+from care_mla.families.spec import LENGTH_DEPENDENT
+from care_mla.geometry import Geometry
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
@@ -38,7 +41,7 @@ class ConvertedAttention(nn.Module):
 
     def __init__(self, source: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
         super().__init__()
-        geometry = family.geometry(config.text_config.to_dict())
+        self.geometry = geometry = family.geometry(config.text_config.to_dict())
         self.config = source.config
         self.layer_idx = layer_idx
         self.layer_type = getattr(source, "layer_type", None)
@@ -48,10 +51,24 @@ class ConvertedAttention(nn.Module):
         self.scaling = source.scaling
         self.is_causal = True
         self.attention_dropout = source.attention_dropout
-        self.attention_kwargs = {key: getattr(source, name, None) for key, name in family.attention_kwargs.items()}
-        self._eager = sys.modules[type(source).__module__].eager_attention_forward
-        # The absorbed paths are a plain softmax; a family that passes more (soft-cap, sinks) keeps its own attention function.
-        self._plain_softmax = set(self.attention_kwargs) <= {"sliding_window"}
+        self.attention_kwargs = {key: attrgetter(name)(source) for key, name in family.attention_kwargs.items()}
+        self.has_sinks = family.sinks
+        if family.sinks:
+            self.sinks = source.sinks
+        modeling = sys.modules[type(source).__module__]
+        self._eager = modeling.eager_attention_forward
+        self._rotate: Callable[..., tuple[Tensor, Tensor]] = modeling.apply_rotary_pos_emb
+        # The absorbed paths are a plain softmax; a family with more (soft-cap, sinks) keeps its own attention function.
+        self._plain_softmax = set(self.attention_kwargs) <= {"sliding_window"} and not family.sinks
+
+    @staticmethod
+    def _source_queries(source: Any, family: FamilySpec, geometry: Geometry) -> nn.Linear:
+        """The source's query projection; a new module of its shape where q, k and v are one."""
+        name, rows = family.stored("q", geometry)
+        module: nn.Linear = getattr(source, name)
+        if family.qkv_proj is None:
+            return module
+        return nn.Linear(module.in_features, rows.stop, bias=module.bias is not None)
 
     def _may_absorb(self) -> bool:
         return self._plain_softmax and self.config._attn_implementation in ("eager", "sdpa") and not self.training
@@ -59,6 +76,7 @@ class ConvertedAttention(nn.Module):
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        sinks = {"s_aux": self.sinks} if self.has_sinks else {}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
         return attend(
             self,
@@ -69,6 +87,7 @@ class ConvertedAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **self.attention_kwargs,
+            **sinks,
             **kwargs,
         )
 
@@ -98,20 +117,45 @@ class LatentAttention(ConvertedAttention):
         rank, kv_width = config.kv_lora_rank[layer_idx], self.num_kv_heads * self.head_dim
         self.k_rank = rank if config.k_lora_rank is None else config.k_lora_rank[layer_idx]
         self.v_rank = rank if config.k_lora_rank is None else rank - self.k_rank
-        self.q_proj = getattr(source, family.q_proj)
-        self.o_proj = getattr(source, family.o_proj)
-        self.q_norm = getattr(source, family.q_norm) if family.q_norm else nn.Identity()
-        self.k_norm = getattr(source, family.k_norm) if family.k_norm else nn.Identity()
-        self.kv_a_proj = nn.Linear(self.q_proj.in_features, rank, bias=False)
+        # Under the family's own names: checkpoints keep them.
+        self._q_proj, self._o_proj = family.q_proj, family.o_proj
+        self.add_module(self._q_proj, self._source_queries(source, family, self.geometry))
+        self.add_module(self._o_proj, getattr(source, family.o_proj))
+        self._q_norm, self._k_norm = family.q_norm, family.k_norm
+        for norm in filter(None, (family.q_norm, family.k_norm)):
+            self.add_module(norm, getattr(source, norm))
+        self.norm_over_heads = family.qk_norm_over == "head"
+        self.turns = bool(getattr(source, family.use_rope)) if family.use_rope else True
+        self.kv_a_proj = nn.Linear(self.get_submodule(self._q_proj).in_features, rank, bias=False)
         self.k_b_proj = nn.Linear(self.k_rank, kv_width, bias=config.k_bias)
         self.v_b_proj = nn.Linear(self.v_rank, kv_width, bias=config.v_bias)
+        self.rope_layer_type = self.layer_type if family.rope_by_layer_type else None
+        rope_type = getattr(rotary, "rope_type", "default")
+        rope_type = rope_type[self.rope_layer_type] if family.rope_by_layer_type else rope_type
+        self.rope_depends_on_length = rope_type in LENGTH_DEPENDENT
         # The model's one rotary module: used here, owned elsewhere (not a submodule).
         self._rotary: Callable[..., tuple[Tensor, Tensor]]
         object.__setattr__(self, "_rotary", rotary)
 
-    def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def _heads(self, x: Tensor, norm: str | None = None) -> Tensor:
+        """[b, t, heads * d_h] -> [b, heads, t, d_h], normalized as the family does it."""
+        if norm is not None and not self.norm_over_heads:
+            x = getattr(self, norm)(x)
         heads = x.view(*x.shape[:-1], -1, self.head_dim)
-        return (norm(heads) if norm is not None else heads).transpose(1, 2)
+        return (getattr(self, norm)(heads) if norm is not None and self.norm_over_heads else heads).transpose(1, 2)
+
+    def _turned(self, heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """RoPE as the family's own function has it; it takes queries and keys, whose positions differ here, so one is empty."""
+        return self._rotate(heads, heads[:, :0], *rotation)[0] if self.turns else heads
+
+    def _key_rotation(self, x: Tensor, new: tuple[Tensor, Tensor], cache: LatentCache, num_tokens: int) -> Any:
+        """cos and sin of the last cached tokens, given those of the new ones."""
+        if not self.turns:
+            return new
+        if self.rope_depends_on_length:
+            return cache.kept_rotation(new, num_tokens, self.rope_layer_type)
+        more = (self.rope_layer_type,) if self.rope_layer_type is not None else ()
+        return cache.rotation(lambda positions: self._rotary(x, positions, *more), num_tokens, self.rope_layer_type)
 
     def forward(
         self,
@@ -121,15 +165,15 @@ class LatentAttention(ConvertedAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         cache: LatentCache | None = kwargs.pop(CACHE_NAME, None)
-        queries = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
+        projected = getattr(self, self._q_proj)(hidden_states)
+        queries = self._turned(self._heads(projected, self._q_norm), position_embeddings)
         latent = self.kv_a_proj(hidden_states)
         key_rotation = position_embeddings
         if cache is not None:
             latent = cache.append_latent(latent, self.layer_idx)
-            key_rotation = cache.rotation(
-                lambda positions: self._rotary(hidden_states, position_ids=positions), latent.shape[1], self.layer_type
-            )
-        keys = rotate(self._heads(self.k_b_proj(latent[..., : self.k_rank]), self.k_norm), *key_rotation)
+            key_rotation = self._key_rotation(hidden_states, position_embeddings, cache, latent.shape[1])
+        rebuilt = self.k_b_proj(latent[..., : self.k_rank])
+        keys = self._turned(self._heads(rebuilt, self._k_norm), key_rotation)
         value_latent = latent[..., latent.shape[-1] - self.v_rank :]
 
         num_queries = hidden_states.shape[1]
@@ -139,7 +183,7 @@ class LatentAttention(ConvertedAttention):
         else:
             values = self._heads(self.v_b_proj(value_latent))
             output, weights = self._attend(queries, keys, values, attention_mask, **kwargs)
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+        return getattr(self, self._o_proj)(output.reshape(*hidden_states.shape[:2], -1)), weights
 
     def _absorbed(self, queries: Tensor, keys: Tensor, value_latent: Tensor, mask: Tensor | None) -> Tensor:
         """Attention in value-latent space; [batch, queries, n_h, d_h].
@@ -172,12 +216,14 @@ class MlaAttention(ConvertedAttention):
         self.rank, self.frequencies = config.kv_lora_rank[layer_idx], config.rope_frequencies[layer_idx]
         self.num_key_value_groups = 1
         rope_width = 2 * len(self.frequencies)
-        q_proj, o_proj = getattr(source, family.q_proj), getattr(source, family.o_proj)
+        q_proj, o_proj = self._source_queries(source, family, self.geometry), getattr(source, family.o_proj)
         width, heads, d = q_proj.in_features, self.num_heads, self.head_dim
-        self.q_proj = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
+        self._q_proj, self._o_proj = family.q_proj, family.o_proj
+        queries = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + rope_width, bias=config.k_bias)
         self.kv_b_proj = nn.Linear(self.rank, heads * 2 * d, bias=False)
-        self.o_proj = nn.Linear(heads * d, o_proj.out_features, bias=config.o_bias)
+        self.add_module(self._q_proj, queries)
+        self.add_module(self._o_proj, nn.Linear(heads * d, o_proj.out_features, bias=config.o_bias))
         # cos and sin carry YaRN's attention factor; the position-free part of a score needs its square too.
         self.position_free_scale = getattr(rotary, "attention_scaling", 1.0) ** 2
 
@@ -192,7 +238,7 @@ class MlaAttention(ConvertedAttention):
         batch, num_queries, _ = hidden_states.shape
         d = self.head_dim
         cos, sin = (part[..., self.frequencies].repeat(1, 1, 2) for part in position_embeddings)
-        queries = self.q_proj(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
+        queries = getattr(self, self._q_proj)(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
         free = queries[..., :d] * self.position_free_scale
         rotary = rotate(queries[..., d:], cos, sin)
         cached = self.kv_a_proj_with_mqa(hidden_states)
@@ -216,4 +262,4 @@ class MlaAttention(ConvertedAttention):
             output, weights = self._attend(
                 torch.cat([free, rotary], dim=-1), keys, rebuilt[..., d:], attention_mask, **kwargs
             )
-        return self.o_proj(output.reshape(batch, num_queries, -1)), weights
+        return getattr(self, self._o_proj)(output.reshape(batch, num_queries, -1)), weights

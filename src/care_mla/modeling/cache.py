@@ -25,12 +25,14 @@ class LatentCache(DynamicCache):
 
     The latents sit in the `keys` slot of transformers' own cache layers with an empty `values` slot, so windows, beam
     reordering, cropping and offloading are transformers' code. Positions are kept because a key is rotated each time it
-    is read, and neither padding nor packed prompts let them be guessed. Layout mla caches its rotary key turned, and needs none.
+    is read, and neither padding nor packed prompts let them be guessed. Where frequencies depend on the length, cosines and
+    sines are kept as well. Layout mla caches its rotary key turned, and needs none.
     """
 
     def __init__(self, config: PreTrainedConfig | None = None, **kwargs: Any):
         super().__init__(config=config.get_text_config(decoder=True) if config is not None else None, **kwargs)
         self.positions: Tensor | None = None
+        self.kept: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._rotations: dict[tuple[str | None, int], tuple[Tensor, Tensor]] = {}
 
     def append_positions(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -64,9 +66,27 @@ class LatentCache(DynamicCache):
             self._rotations[key] = rotary(self.positions[:, -num_tokens:])
         return self._rotations[key]
 
+    def kept_rotation(
+        self, new: tuple[Tensor, Tensor], num_tokens: int, layer_type: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `rotation`, where frequencies depend on the length: tokens keep the cos and sin they came with, as turned keys would.
+
+        Args:
+            new: cos and sin of this pass's tokens, [batch or 1, new tokens, d].
+        """
+        assert self.positions is not None
+        batch_size, length = self.positions.shape
+        kept = self.kept.get(layer_type)
+        if kept is None or kept[0].shape[1] < length:  # the first layer of this pass brings them
+            parts = tuple(part.expand(batch_size, -1, -1) for part in new)
+            kept = parts if kept is None else tuple(torch.cat(pair, dim=1) for pair in zip(kept, parts, strict=True))
+            self.kept[layer_type] = (kept[0], kept[1])
+        return kept[0][:, -num_tokens:], kept[1][:, -num_tokens:]
+
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.positions is not None:
             self.positions = pick(self.positions)
+            self.kept = {name: (pick(cos), pick(sin)) for name, (cos, sin) in self.kept.items()}
         self._rotations.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -88,4 +108,5 @@ class LatentCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.positions = None
+        self.kept.clear()
         self._rotations.clear()

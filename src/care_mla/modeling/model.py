@@ -67,6 +67,11 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the source model does it; one with longrope starts its cache anew where it passes its original length."""
+        inputs: dict[str, Any] = self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
+
     def forward(
         self,
         input_ids: Tensor | None = None,
