@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tiny import TINY
+
 import care_mla
 from care_mla.errors import UnsupportedModelError
+from care_mla.families import BUILT_IN, FamilySpec, get_family
 from care_mla.evaluation import measure_cache
+from care_mla.mapping import EXPRESSES, REFUSES
 from care_mla.modeling import CACHE_NAME, cache_of
+from care_mla.pipeline import require_expressible
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
@@ -34,10 +40,18 @@ def layout(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _mla_or_skip(family: str) -> str:
-    if "qwen3" in family:
-        pytest.skip("QK-norm: layout mla refuses it, see test_mla_refuses_qk_norm")
-    return family
+def _mla_or_skip(source: Path) -> Path:
+    spec, config = _family(source)
+    try:
+        require_expressible(spec, config, "mla")
+    except UnsupportedModelError as error:
+        pytest.skip(f"{error}, see test_what_mla_cannot_express_is_refused")
+    return source
+
+
+def _family(source: Path) -> tuple[FamilySpec, dict[str, Any]]:
+    config = json.loads((source / "config.json").read_text())
+    return get_family(config), config
 
 
 @pytest.fixture(params=["split", "joint", "mla"])
@@ -45,9 +59,7 @@ def parity_pair(
     request: pytest.FixtureRequest, family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> tuple[Any, Any]:
     """Source and its conversion at full rank (mla: all keys rotary, values at full rank), which must not differ."""
-    if request.param == "mla":
-        _mla_or_skip(family)
-    source = tiny(family)
+    source = _mla_or_skip(tiny(family)) if request.param == "mla" else tiny(family)
     n = _kv_width(source)
     options = {"qk_rope_head_dim": n, "ranks": "uniform"} if request.param == "mla" else {}
     return care_mla.load(source), care_mla.load(
@@ -71,18 +83,23 @@ def _token_by_token(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_kv_parity_equals_the_source(parity_pair: tuple[Any, Any]) -> None:
-    """Prefill past the sliding window, and token by token."""
+    """Prefill past the sliding window, token by token (past the length where longrope changes), and generating.
+
+    One test, so that each pair is converted once.
+    """
     source, converted = parity_pair
+    _logits_agree(source, converted)
+    _generations_agree(source, converted)
+
+
+def _logits_agree(source: Any, converted: Any) -> None:
     ids = _ids(2, 24)
-    expected = source(ids).logits
-    torch.testing.assert_close(converted(ids, use_cache=False).logits, expected, **TOLERANCE)
-    torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
+    torch.testing.assert_close(converted(ids, use_cache=False).logits, source(ids).logits, **TOLERANCE)
+    torch.testing.assert_close(_token_by_token(converted, ids), _token_by_token(source, ids), **TOLERANCE)
 
 
-@torch.no_grad()
-def test_kv_parity_generates_the_same(parity_pair: tuple[Any, Any]) -> None:
+def _generations_agree(source: Any, converted: Any) -> None:
     """Batched and left-padded, greedy and with beams, past the sliding window."""
-    source, converted = parity_pair
     ids, mask = _ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
     ids[0, :5] = 2
@@ -119,21 +136,24 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
     family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
     source = tiny(family)
-    n = _kv_width(source)
-    out = _convert(source, tmp_path / "out", text_file, rank=max(1, n // 3), layout=layout, refit=True)
+    spec, config = _family(source)
+    geometry = spec.geometry(config)
+    out = _convert(source, tmp_path / "out", text_file, rank=max(1, geometry.kv_width // 3), layout=layout, refit=True)
     written = load_file(out / "model.safetensors")
     edited = care_mla.load(source)
     for layer in range(3):
         prefix = f"language_model.model.layers.{layer}.self_attn."
         down, k_up, v_up = (written[f"{prefix}{name}.weight"] for name in ("kv_a_proj", "k_b_proj", "v_b_proj"))
         attention = edited.model.layers[layer].self_attn
-        attention.k_proj.weight.copy_(k_up @ down[: k_up.shape[1]])
-        attention.v_proj.weight.copy_(v_up @ down[-v_up.shape[1] :])
         attention.o_proj.weight.copy_(written[f"{prefix}o_proj.weight"])
-        for projection, name in ((attention.k_proj, "k_b_proj"), (attention.v_proj, "v_b_proj")):
-            projection.bias = torch.nn.Parameter(
-                written[f"{prefix}{name}.bias"]
-            )  # the source's, and what centring gives back
+        maps = {"k": k_up @ down[: k_up.shape[1]], "v": v_up @ down[-v_up.shape[1] :]}
+        for projection, weight in maps.items():
+            name, rows = spec.stored(projection, geometry)
+            module = getattr(attention, name)
+            module.weight[rows] = weight
+            if module.bias is None:
+                module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
+            module.bias[rows] = written[f"{prefix}{projection}_b_proj.bias"]  # the source's, and what centring gives back
     ids = _ids(2, 24)
     torch.testing.assert_close(care_mla.load(out)(ids).logits, edited(ids).logits, **TOLERANCE)
 
@@ -151,16 +171,31 @@ def test_reload_equals_original_and_cache_holds_latents_only(
     usage = measure_cache(converted, _ids(1, 7))
     assert usage.layer_widths == converted.config.kv_lora_rank
     assert len(set(usage.layer_widths)) > 1, "ranks were meant to differ between layers"
-    assert usage.bytes_per_token == 4 * sum(usage.layer_widths) + 4  # float32 latents, one int32 position
+    spec, config = _family(tmp_path / f"source-{family}")
+    rotations = 2 * 8 if "length-dependent RoPE" in spec.features(config) else 0  # cos and sin of phi3-partial's 4 pairs
+    assert usage.bytes_per_token == 4 * (sum(usage.layer_widths) + rotations) + 4  # float32 latents, one int32 position
+
+
+def test_mla_reads_its_cache_as_it_prefills(
+    family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    _mla_reads_its_cache_as_it_prefills(family, "free", tiny, tmp_path, text_file)
+
+
+@pytest.mark.parametrize("rope", ["stock", "transmla"])
+@pytest.mark.parametrize("name", ["llama-scaled-rope", "qwen2-window"])
+def test_mla_with_other_choices_of_rotary_pairs(
+    name: str, rope: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    _mla_reads_its_cache_as_it_prefills(name, rope, tiny, tmp_path, text_file)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rope", ["free", "stock", "transmla"])
-def test_mla_reads_its_cache_as_it_prefills(
+def _mla_reads_its_cache_as_it_prefills(
     family: str, rope: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
     """Truncated: absorbed decoding equals expanded prefill; what is cached is latent and rotary key; reloads; padding."""
-    source = tiny(_mla_or_skip(family))
+    source = _mla_or_skip(tiny(family))
     rope_width = care_mla.inspect(source).geometry.head_dim // 2
     options = {"layout": "mla", "kv_save": 0.3, "qk_rope_head_dim": rope_width, "rope": rope, "context": 64}
     converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
@@ -182,12 +217,37 @@ def test_mla_reads_its_cache_as_it_prefills(
     assert torch.equal(plain, converted.generate(padded, attention_mask=mask, **greedy)[:, 13:])
 
 
-def test_mla_refuses_qk_norm(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+MLA_LOSES = {
+    "qwen3": {"QK-norm"},
+    "gemma2": {"soft-cap"},
+    "gemma3": {"QK-norm", "RoPE by layer type"},
+    "phi3-partial": {"length-dependent RoPE", "partial RoPE"},
+    "olmo2": {"QK-norm"},
+    "smollm3": {"layers without RoPE"},
+    "gpt_oss": {"attention sinks"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MLA_LOSES))
+def test_what_mla_cannot_express_is_refused(
+    name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     with pytest.raises(
-        UnsupportedModelError, match="QK-norm, which layout mla cannot express; choose --layout split or joint"
-    ):
-        _convert(tiny("qwen3"), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
+        UnsupportedModelError, match="which layout mla cannot express; choose --layout split or joint"
+    ) as error:
+        _convert(tiny(name), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
+    assert all(feature in str(error.value) and REFUSES["mla"][feature] in str(error.value) for feature in MLA_LOSES[name])
     assert not (tmp_path / "out").exists()
+
+
+def test_every_feature_is_kept_or_refused_with_a_reason() -> None:
+    for layout, kept in EXPRESSES.items():
+        assert not set(kept) & set(REFUSES[layout])
+        assert set(kept) | set(REFUSES[layout]) == set(EXPRESSES["joint"])
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {spec.model_type for spec in BUILT_IN} == {entries["model_type"] for entries in TINY.values()}
 
 
 @pytest.mark.parametrize(("rope_type", "more"), [("dynamic", {"factor": 2.0}), ("yarn", {"factor": 4.0})])
@@ -220,7 +280,13 @@ def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path
     source = tiny(family)
     out = _convert(source, tmp_path / "out", text_file, kv_save=0.5, method="care")
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    kept = {name for name in before if ".k_proj." not in name and ".v_proj." not in name}
+    spec, config = _family(source)
+    if spec.qkv_proj is not None:  # the rows of q become q_proj
+        _, rows = spec.stored("q", spec.geometry(config))
+        before |= {
+            name.replace(spec.qkv_proj, "q_proj"): before[name][rows] for name in before if spec.qkv_proj in name
+        }
+    kept = {name for name in before if not any(part in name for part in (".k_proj.", ".v_proj.", ".qkv_proj."))}
     assert {f"language_model.{name}" for name in kept} == {
         name for name in after if "kv_a_proj" not in name and "_b_proj" not in name
     }
