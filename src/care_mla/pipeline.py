@@ -93,9 +93,7 @@ class Source:
 
     def stacked_weights(self, layer: int) -> Tensor:
         """W = [W_K ; W_V], [2n, D] float64."""
-        return torch.cat(
-            [self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()]
-        )
+        return torch.cat([self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()])
 
     def converted_tensors(self, layer: int, factors: Sequence[Factors], spectra: LayerSpectra) -> dict[str, Tensor]:
         """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
@@ -115,10 +113,10 @@ class Source:
                 weight, bias = stored["q"]
                 tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
             return tensors
-        weights = {part: weight.double() for part, (weight, _) in stored.items()}
-        biases = {f"{part}_bias": None if bias is None else bias.double() for part, (_, bias) in stored.items()}
+        q, k, v, o = (weight.double() for weight, _ in stored.values())
+        q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
         return mla_tensors(
-            AttentionWeights(**weights, **biases),
+            AttentionWeights(q=q, k=k, v=v, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias),
             spectra.selections[layer],
             factors[0],
             num_kv_heads=geometry.num_kv_heads,
@@ -248,7 +246,12 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
         element_bytes=getattr(torch, dtype).itemsize,
         budgets=rows,
         features=[
-            (name, how, *(EXPRESSES[layout].get(name) or _no(name, layout) for layout in ("joint", "mla")))
+            (
+                name,
+                how,
+                EXPRESSES["joint"].get(name) or _no(name, "joint"),
+                EXPRESSES["mla"].get(name) or _no(name, "mla"),
+            )
             for name, how in family.features(config).items()
         ],
     )
@@ -713,9 +716,7 @@ class _CheckpointBuilder:
         self.source, self.plan, self.directory = source, plan, directory
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
-        self.dtype = (
-            source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        )
+        self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tiny import TINY
-
 import care_mla
 from care_mla.errors import UnsupportedModelError
-from care_mla.families import BUILT_IN, FamilySpec, get_family
 from care_mla.evaluation import measure_cache
+from care_mla.families import BUILT_IN, FamilySpec, get_family
 from care_mla.mapping import EXPRESSES, REFUSES
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.pipeline import require_expressible
@@ -153,7 +152,9 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
             module.weight[rows] = weight
             if module.bias is None:
                 module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
-            module.bias[rows] = written[f"{prefix}{projection}_b_proj.bias"]  # the source's, and what centring gives back
+            module.bias[rows] = written[
+                f"{prefix}{projection}_b_proj.bias"
+            ]  # the source's, and what centring gives back
     ids = _ids(2, 24)
     torch.testing.assert_close(care_mla.load(out)(ids).logits, edited(ids).logits, **TOLERANCE)
 
@@ -172,7 +173,9 @@ def test_reload_equals_original_and_cache_holds_latents_only(
     assert usage.layer_widths == converted.config.kv_lora_rank
     assert len(set(usage.layer_widths)) > 1, "ranks were meant to differ between layers"
     spec, config = _family(tmp_path / f"source-{family}")
-    rotations = 2 * 8 if "length-dependent RoPE" in spec.features(config) else 0  # cos and sin of phi3-partial's 4 pairs
+    rotations = (
+        2 * 8 if "length-dependent RoPE" in spec.features(config) else 0
+    )  # cos and sin of phi3-partial's 4 pairs
     assert usage.bytes_per_token == 4 * (sum(usage.layer_widths) + rotations) + 4  # float32 latents, one int32 position
 
 
@@ -236,7 +239,9 @@ def test_what_mla_cannot_express_is_refused(
         UnsupportedModelError, match="which layout mla cannot express; choose --layout split or joint"
     ) as error:
         _convert(tiny(name), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
-    assert all(feature in str(error.value) and REFUSES["mla"][feature] in str(error.value) for feature in MLA_LOSES[name])
+    assert all(
+        feature in str(error.value) and REFUSES["mla"][feature] in str(error.value) for feature in MLA_LOSES[name]
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -163,7 +163,7 @@ def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arg
 
 
 @contextmanager
-def _converted(attention: nn.Module, family: FamilySpec, projections: DenseProjections) -> Iterator[None]:
+def _converted(attention: Any, family: FamilySpec, projections: DenseProjections) -> Iterator[None]:
     """Key and value projections replaced by those of the converted layer."""
     geometry = family.geometry(attention.config.to_dict())
     maps: list[tuple[Projection, Tensor, Tensor | None]] = [

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from care_mla.errors import UnsupportedModelError
 from care_mla.geometry import Geometry
 
-
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 """RoPE kinds whose frequencies change with the length of the text."""
 

@@ -44,7 +44,7 @@ class ConvertedAttention(nn.Module):
         self.geometry = geometry = family.geometry(config.text_config.to_dict())
         self.config = source.config
         self.layer_idx = layer_idx
-        self.layer_type = getattr(source, "layer_type", None)
+        self.layer_type: Any = getattr(source, "layer_type", None)
         self.num_heads, self.num_kv_heads, self.head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
         # Read by transformers' attention functions:
         self.num_key_value_groups = geometry.num_heads // geometry.num_kv_heads
@@ -119,19 +119,20 @@ class LatentAttention(ConvertedAttention):
         self.v_rank = rank if config.k_lora_rank is None else rank - self.k_rank
         # Under the family's own names: checkpoints keep them.
         self._q_proj, self._o_proj = family.q_proj, family.o_proj
-        self.add_module(self._q_proj, self._source_queries(source, family, self.geometry))
+        queries = self._source_queries(source, family, self.geometry)
+        self.add_module(self._q_proj, queries)
         self.add_module(self._o_proj, getattr(source, family.o_proj))
         self._q_norm, self._k_norm = family.q_norm, family.k_norm
         for norm in filter(None, (family.q_norm, family.k_norm)):
             self.add_module(norm, getattr(source, norm))
         self.norm_over_heads = family.qk_norm_over == "head"
         self.turns = bool(getattr(source, family.use_rope)) if family.use_rope else True
-        self.kv_a_proj = nn.Linear(self.get_submodule(self._q_proj).in_features, rank, bias=False)
+        self.kv_a_proj = nn.Linear(queries.in_features, rank, bias=False)
         self.k_b_proj = nn.Linear(self.k_rank, kv_width, bias=config.k_bias)
         self.v_b_proj = nn.Linear(self.v_rank, kv_width, bias=config.v_bias)
         self.rope_layer_type = self.layer_type if family.rope_by_layer_type else None
         rope_type = getattr(rotary, "rope_type", "default")
-        rope_type = rope_type[self.rope_layer_type] if family.rope_by_layer_type else rope_type
+        rope_type = rope_type[self.layer_type] if family.rope_by_layer_type else rope_type
         self.rope_depends_on_length = rope_type in LENGTH_DEPENDENT
         # The model's one rotary module: used here, owned elsewhere (not a submodule).
         self._rotary: Callable[..., tuple[Tensor, Tensor]]
@@ -238,7 +239,9 @@ class MlaAttention(ConvertedAttention):
         batch, num_queries, _ = hidden_states.shape
         d = self.head_dim
         cos, sin = (part[..., self.frequencies].repeat(1, 1, 2) for part in position_embeddings)
-        queries = getattr(self, self._q_proj)(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
+        queries = (
+            getattr(self, self._q_proj)(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
+        )
         free = queries[..., :d] * self.position_free_scale
         rotary = rotate(queries[..., d:], cos, sin)
         cached = self.kv_a_proj_with_mqa(hidden_states)

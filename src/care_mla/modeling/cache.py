@@ -76,12 +76,13 @@ class LatentCache(DynamicCache):
         """
         assert self.positions is not None
         batch_size, length = self.positions.shape
-        kept = self.kept.get(layer_type)
-        if kept is None or kept[0].shape[1] < length:  # the first layer of this pass brings them
-            parts = tuple(part.expand(batch_size, -1, -1) for part in new)
-            kept = parts if kept is None else tuple(torch.cat(pair, dim=1) for pair in zip(kept, parts, strict=True))
-            self.kept[layer_type] = (kept[0], kept[1])
-        return kept[0][:, -num_tokens:], kept[1][:, -num_tokens:]
+        cos, sin = self.kept.get(layer_type, (None, None))
+        if cos is None or sin is None or cos.shape[1] < length:  # the first layer of this pass brings them
+            new_cos, new_sin = (part.expand(batch_size, -1, -1) for part in new)
+            cos = new_cos if cos is None else torch.cat([cos, new_cos], dim=1)
+            sin = new_sin if sin is None else torch.cat([sin, new_sin], dim=1)
+            self.kept[layer_type] = (cos, sin)
+        return cos[:, -num_tokens:], sin[:, -num_tokens:]
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.positions is not None:
