@@ -516,6 +516,30 @@ COMPARED_RECIPES: tuple[dict[str, str], ...] = (
 """What `plan_ranks` compares where no recipe is named; the last is the paper's CARE-U."""
 
 
+def plan_uniform(
+    source: str | Path, *, kv_save: Sequence[float] = (0.5, 0.75, 0.875), layouts: Sequence[Layout] = ("joint", "split")
+) -> list[RankPlan]:
+    """Equal ranks at every budget, from config.json alone: what can be planned before anything is calibrated.
+
+    Returns:
+        Layout by layout, budgets in the order given.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, RankError
+    """
+    config = read_json(resolve_source(source, config_only=True) / "config.json")
+    family = get_family(config)
+    geometry = family.geometry(config)
+    plans = []
+    for layout in layouts:
+        require_expressible(family, config, layout)
+        for share in kv_save:
+            budget = make_budget(geometry, layout, kv_save=share)
+            latents = (int(budget.nominal_rank),) * budget.num_blocks
+            plans.append(RankPlan(layout, (latents,) * geometry.num_layers))
+    return plans
+
+
 def plan_ranks(
     source: str | Path,
     statistics: str | Path,

@@ -102,9 +102,10 @@ class Propagation:
     def refit(self, layer: int, projections: DenseProjections) -> OutputRefit:
         """Advance both streams through one layer and refit its output projection.
 
-        With h_o, h_c the streams entering the layer and u_o = h_o + attention(h_o) the original after its attention, the
-        target is t = u_o - h_c, the input a that of the converted output projection, and a token weighs 1 / mean(u_o^2):
-        the norm that reads the stream next sees relative errors.
+        With h_o, h_c the streams entering the layer and u_o = h_o + s attention(h_o) the original after its attention (s is 1 but for
+        families with a factor there), the target is t = (u_o - h_c) / s, the input a that of the converted output projection, and a
+        token weighs 1 / mean(u_o^2): the norm that reads the stream next sees relative errors. Where a norm stands between the
+        attention and the stream, no map before it can take the stream's error back: t = u_o = attention(h_o) then.
 
         Args:
             projections: key and value maps of the converted layer.
@@ -144,15 +145,20 @@ class Propagation:
                 streams.converted = module(streams.converted, **streams.layer_arguments[layer])
         return OutputRefit(refitted.cpu(), moments.relative_error(W), moments.relative_error(refitted))
 
-    @staticmethod
-    def _advance_original(streams: _Streams, module: nn.Module, o_proj: nn.Linear, layer: int) -> tuple[Tensor, Tensor]:
+    def _advance_original(
+        self, streams: _Streams, module: nn.Module, o_proj: nn.Linear, layer: int
+    ) -> tuple[Tensor, Tensor]:
         """Run the original layer; the target of the converted output projection and the weight of each token."""
         with _watched(o_proj) as seen:
             following = module(streams.original, **streams.layer_arguments[layer])
-        after_attention = streams.original + seen["output"]
-        streams.original = following
+        original, streams.original = streams.original, following
         bias = 0.0 if o_proj.bias is None else o_proj.bias
-        return after_attention - bias - streams.converted, 1.0 / after_attention.float().square().mean(-1)
+        if self.family.output_norm:
+            return seen["output"] - bias, 1.0 / seen["output"].float().square().mean(-1)
+        scale = float(getattr(self.model.config, self.family.residual_scale)) if self.family.residual_scale else 1.0
+        after_attention = original + scale * seen["output"]
+        target = (after_attention - streams.converted) / scale - bias
+        return target, 1.0 / after_attention.float().square().mean(-1)
 
 
 def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -22,7 +22,12 @@ BARS = "▁▂▃▄▅▆▇█"
 @app.command()
 def plan(
     source: options.Source,
-    stats: Annotated[Path, typer.Option("--stats", help="Statistics of `care calibrate`.")],
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            "--stats", help="Statistics of `care calibrate`; without them, equal ranks from config.json alone."
+        ),
+    ] = None,
     kv_save: Annotated[
         str, typer.Option("--kv-save", help="Shares of the cache to save, comma-separated.")
     ] = "0.5,0.75,0.875",
@@ -46,11 +51,16 @@ def plan(
     shares = options.numbers(kv_save, "--kv-save")
     if method is None and (layout is not None or ranks is not None):
         raise typer.BadParameter("--layout and --ranks choose the recipe together with --method")
+    common = options.given(ranks=ranks, min_rank=min_rank, max_rank=max_rank, rank_multiple=rank_multiple)
+    if stats is None:
+        if method is not None or common:
+            raise typer.BadParameter("--method and ranks other than equal ones need --stats")
+        _plan_uniform(source, shares, json_out)
+        return
     recipes: list[dict[str, Any]] | None = None
     if method is not None:
         layouts = (layout or "joint").split(",")
         recipes = [{"method": name, "layout": one} for name in method.split(",") for one in layouts]
-    common = options.given(ranks=ranks, min_rank=min_rank, max_rank=max_rank, rank_multiple=rank_multiple)
     pipeline.require_plot(plot)
     forecasts = pipeline.plan_ranks(source, stats, kv_save=shares, recipes=recipes, track=rich_track, **common)
     console = Console()
@@ -66,6 +76,32 @@ def plan(
         pipeline.write_json(json_out, {"forecasts": [forecast.to_dict() for forecast in forecasts]})
     pipeline.plot_forecasts(source, forecasts, plot)
     console.print(f"plot: {plot}", highlight=False)
+
+
+def _plan_uniform(source: str, shares: list[float], json_out: Path | None) -> None:
+    """Budgets and equal ranks of a source that nothing is known of but its config.json."""
+    facts = pipeline.inspect(source, shares)
+    geometry = facts.geometry
+    console = Console()
+    table = Table(title=f"Equal ranks in {geometry.num_layers} layers ({facts.dtype})", title_justify="left")
+    for column in ("layout", "saved", "elements", "bytes", "rank of each latent"):
+        table.add_column(column, justify="right", no_wrap=True)
+    now = geometry.cache_elements_per_token
+    table.add_row("today", "0.0%", str(now), str(now * facts.element_bytes), f"K, V: {geometry.kv_width}")
+    plans = pipeline.plan_uniform(source, kv_save=shares)
+    for plan in plans:
+        elements = plan.cache_elements_per_token
+        table.add_row(
+            plan.layout,
+            f"{100 * plan.kv_save(geometry):.1f}%",
+            str(elements),
+            str(elements * facts.element_bytes),
+            ", ".join(map(str, plan.ranks[0])),
+        )
+    console.print(table)
+    console.print("ranks by layer and predicted loss: care calibrate, then --stats", highlight=False)
+    if json_out is not None:
+        pipeline.write_json(json_out, {"plans": [plan.to_dict() for plan in plans]})
 
 
 def forecast_table(forecasts: list[RankForecast]) -> Table:

@@ -9,6 +9,7 @@ GEMMA2 = FamilySpec(
     soft_cap="attn_logit_softcapping",
     full_attention_every=2,
     attention_kwargs={"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"},
+    output_norm=True,
     config_defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,

@@ -11,6 +11,7 @@ GEMMA3 = FamilySpec(
     rope_by_layer_type=True,
     full_attention_every="sliding_window_pattern",
     attention_kwargs={"sliding_window": "sliding_window"},
+    output_norm=True,
     config_defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,

@@ -6,5 +6,6 @@ GRANITE = FamilySpec(
     model_type="granite",
     qkv_bias="attention_bias",
     scale="attention_multiplier",
-    config_defaults={"attention_multiplier": 1.0, "tie_word_embeddings": False},
+    residual_scale="residual_multiplier",
+    config_defaults={"residual_multiplier": 1.0, "attention_multiplier": 1.0, "tie_word_embeddings": False},
 )

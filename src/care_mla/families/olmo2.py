@@ -8,5 +8,6 @@ OLMO2 = FamilySpec(
     q_norm="q_norm",
     k_norm="k_norm",
     qk_norm_over="projection",
+    output_norm=True,
     config_defaults={"tie_word_embeddings": False},
 )

@@ -37,6 +37,9 @@ class FamilySpec:
         rope_layers: config entry with one flag a layer, 0 in those without RoPE.
         rope_by_layer_type: whether windowed and other layers turn at different frequencies, so that the rotary module asks for the
             layer's type.
+        rope_interleaved: whether RoPE turns neighbouring dimensions (else a half of the head with the other).
+        output_norm: whether the attention's output is normalized before it joins the residual stream.
+        residual_scale: config entry of a factor on the attention's output where it joins the residual stream.
         full_attention_every: where config.json does not name `layer_types`, every so many layers one has no window; a string
             names the config entry that says how many.
         attention_kwargs: what the family's attention passes to the attention function beyond the common arguments:
@@ -66,6 +69,9 @@ class FamilySpec:
     use_rope: str | None = None
     rope_layers: str | None = None
     rope_by_layer_type: bool = False
+    rope_interleaved: bool = False
+    output_norm: bool = False
+    residual_scale: str | None = None
     full_attention_every: int | str | None = None
     attention_kwargs: Mapping[str, str] = field(default_factory=dict)
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -155,6 +161,7 @@ class FamilySpec:
             "RoPE scaling": ", ".join(kinds),
             "length-dependent RoPE": ", ".join(kind for kind in kinds if kind in LENGTH_DEPENDENT),
             "partial RoPE": f"{rotary_share:.0%} of every head" if rotary_share < 1 else "",
+            "interleaved RoPE": "neighbouring dimensions turn together" if self.rope_interleaved else "",
             "RoPE by layer type": "windowed layers turn at other frequencies" if self.rope_by_layer_type else "",
             "layers without RoPE": self._layers_without_rope(config),
             "tied embeddings": "lm_head = embed_tokens" if config.get("tie_word_embeddings") else "",

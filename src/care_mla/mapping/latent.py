@@ -30,6 +30,7 @@ EXPRESSES: dict[str, str] = {
     "RoPE scaling": "keys are rotated by the model's own rotary module",
     "length-dependent RoPE": "cosines and sines are cached too: keys stay turned as they were when they came in",
     "partial RoPE": "keys are rebuilt whole, then rotated in part",
+    "interleaved RoPE": "keys are rotated by the family's own function",
     "RoPE by layer type": "keys are rotated by their layer's frequencies",
     "layers without RoPE": "keys are not rotated there",
     "tied embeddings": "unchanged",

@@ -34,6 +34,7 @@ REFUSES: dict[str, str] = {
     "attention sinks": "constants of the values move into o_proj's bias, and beside a sink the attention weights do not sum to one",
     "length-dependent RoPE": "it changes the frequencies with the length, so no rotary pair can be chosen",
     "partial RoPE": "rotary pairs are chosen among those of the whole head",
+    "interleaved RoPE": "rotary pairs are read across the halves of a head",
     "RoPE by layer type": "rotary pairs are chosen by one set of frequencies",
     "layers without RoPE": "their shared key would be turned",
 }
