@@ -159,6 +159,20 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
     torch.testing.assert_close(care_mla.load(out)(ids).logits, edited(ids).logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["phi3", "gpt_oss", "olmo2"])
+def test_refit_of_an_exact_conversion_changes_nothing(
+    name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Fused rows, sinks and norms: the attention that is refitted is the one that was converted."""
+    source = tiny(name)
+    out = _convert(source, tmp_path / "out", text_file, rank=_kv_width(source), refit=True)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    for layer in json.loads((out / "care_manifest.json").read_text())["layers"]:
+        assert layer["output_error"]["before"] < 1e-6
+    for o_proj in (n for n in before if n.endswith("o_proj.weight")):
+        torch.testing.assert_close(after[f"language_model.{o_proj}"], before[o_proj], atol=2e-4, rtol=0)
+
+
 @torch.no_grad()
 def test_reload_equals_original_and_cache_holds_latents_only(
     family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
@@ -278,6 +292,40 @@ def test_mla_and_rope_scaling(
     torch.testing.assert_close(
         partial(ids, **at_zero).logits, care_mla.load(source)(ids, **at_zero).logits, **TOLERANCE
     )
+
+
+ROPE_KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", sorted(ROPE_KINDS))
+def test_every_kind_of_rope_scaling_is_carried_through(
+    rope_type: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Prefill and decoding, past the original length; padded, too."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE_KINDS[rope_type]}
+    source = tiny("llama", rope_parameters=rope, max_position_embeddings=16)
+    out = _convert(source, tmp_path / "out", text_file, rank=_kv_width(source), layout=layout, method="care")
+    # Dynamic RoPE keeps the longest frequencies it has seen: each measurement starts from a fresh model.
+    for measure in (lambda model: model(_ids(2, 24)).logits, lambda model: _token_by_token(model, _ids(2, 24))):
+        torch.testing.assert_close(measure(care_mla.load(out)), measure(care_mla.load(source)), **TOLERANCE)
+    _generations_agree(care_mla.load(source), care_mla.load(out))
 
 
 def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 import care_mla
@@ -132,3 +133,35 @@ def test_config_json_of_tiny_models_and_their_classes_agree(tiny: Callable[..., 
         spec = get_family(whole)
         needed = {key: complete[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
         assert spec.geometry({**bare, **needed}) == spec.geometry(complete), name
+
+
+@torch.no_grad()
+def test_fused_projections_convert_as_separate_ones_do(
+    tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Phi-3 is Llama with q, k, v and the two halves of the MLP stacked: same statistics, same latents, same refit."""
+    fused = tiny("phi3", sliding_window=None)
+    separate = tiny("llama", head_dim=12, rms_norm_eps=1e-5)
+    spec = get_family({"model_type": "phi3"})
+    geometry = spec.geometry(json.loads((fused / "config.json").read_text()))
+    weights = load_file(fused / "model.safetensors")
+    for name in list(weights):
+        if "qkv_proj" in name:
+            for part in ("q", "k", "v"):
+                rows = spec.stored(part, geometry)[1]
+                weights[name.replace("qkv", part)] = weights[name][rows].clone()
+            del weights[name]
+        elif "gate_up_proj" in name:
+            gate, up = weights.pop(name).chunk(2)
+            weights |= {name.replace("gate_up", "gate"): gate.clone(), name.replace("gate_up", "up"): up.clone()}
+    save_file(weights, separate / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(care_mla.load(separate)(IDS).logits, care_mla.load(fused)(IDS).logits, atol=1e-4, rtol=0)
+    for layout in ("joint", "mla"):
+        options = {"layout": layout, "qk_rope_head_dim": 6} if layout == "mla" else {"refit": True}
+        logits = []
+        for source in (fused, separate):
+            out = tmp_path / f"{source.name}-{layout}"
+            calibration = {"calibration": str(text_file), "samples": 16, "seqlen": 48}
+            care_mla.convert(source, out, kv_save=0.5, calibration=calibration, **options)
+            logits.append(care_mla.load(out)(IDS).logits)
+        torch.testing.assert_close(*logits, atol=2e-3, rtol=0)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
+import care_mla
 from care_mla.calibration import Propagation, TokenWindows, make_windows
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
@@ -173,3 +176,31 @@ def test_thinned_windows_are_evenly_spaced_and_survive_the_disk() -> None:
     assert len(windows.thinned(1)) == 1 and len(windows.thinned(10**6)) == 10
     again = TokenWindows.from_tensors(windows.to_tensors())
     assert torch.equal(again.input_ids, windows.input_ids) and again.input_ids.dtype == torch.long
+
+
+@torch.no_grad()
+def test_a_factor_on_the_residual_branch_is_part_of_the_refit(
+    tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Granite is Llama with its multipliers folded into embeddings, o_proj and down_proj; so must its refit be."""
+    multipliers = {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "logits_scaling": 1.0}
+    granite = tiny("granite", residual_multiplier=0.4, **multipliers)
+    llama = tiny("llama", rms_norm_eps=1e-6)
+    folded = load_file(granite / "model.safetensors")
+    for name, weight in folded.items():
+        if "embed_tokens" in name:
+            folded[name] = 3.0 * weight
+        if "o_proj" in name or "down_proj" in name:
+            folded[name] = 0.4 * weight
+    save_file(folded, llama / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(care_mla.load(llama)(ids).logits, care_mla.load(granite)(ids).logits, atol=1e-4, rtol=0)
+    refitted = []
+    for source in (granite, llama):
+        out = tmp_path / f"{source.name}-out"
+        options = {"calibration": {"calibration": str(text_file), "samples": 16, "seqlen": 48}, "method": "care"}
+        care_mla.convert(source, out, rank=10, ranks="uniform", refit=True, **options)
+        refitted.append(load_file(out / "model.safetensors"))
+    name = "language_model.model.layers.2.self_attn.o_proj.weight"
+    torch.testing.assert_close(0.4 * refitted[0][name], refitted[1][name], atol=2e-3, rtol=0)
+    assert (refitted[1][name] - folded[name.removeprefix("language_model.")]).abs().max() > 0.02  # it did move
