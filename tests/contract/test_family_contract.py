@@ -91,10 +91,21 @@ def test_kv_parity_equals_the_source(parity_pair: tuple[Any, Any]) -> None:
     _generations_agree(source, converted)
 
 
+def _only_layer_type(config: Any) -> str | None:
+    types = set(getattr(config, "layer_types", None) or [])
+    return types.pop() if len(types) == 1 else None
+
+
 def _logits_agree(source: Any, converted: Any) -> None:
     ids = _ids(2, 24)
     torch.testing.assert_close(converted(ids, use_cache=False).logits, source(ids).logits, **TOLERANCE)
     torch.testing.assert_close(_token_by_token(converted, ids), _token_by_token(source, ids), **TOLERANCE)
+    # Same cache policy: windowed layers keep a window.
+    kept = [[layer.keys.shape[-2] for layer in cache_of(m(ids, use_cache=True)).layers] for m in (source, converted)]
+    assert kept[0] == kept[1]
+    assert (min(kept[0]) < ids.shape[1]) == bool(
+        getattr(source.config, "sliding_window", None) and _only_layer_type(source.config) != "full_attention"
+    )
 
 
 def _generations_agree(source: Any, converted: Any) -> None:
