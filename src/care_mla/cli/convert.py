@@ -63,6 +63,12 @@ def convert(
         str | None,
         typer.Option("--fisher-coupling", help="full, or block: keys and values weighed apart.  [default: full]"),
     ] = None,
+    centre: Annotated[
+        bool | None,
+        typer.Option(
+            "--centre/--no-centre", help="Give means back as biases, or keep the source's biases only.  [default: centre]"
+        ),
+    ] = None,
     rope: Annotated[
         str | None,
         typer.Option("--rope", help="Layout mla: free, stock or transmla choice of the rotary pairs.  [default: free]"),
@@ -115,6 +121,7 @@ def convert(
         fisher_exponent=fisher_exponent,
         fisher_shrinkage=fisher_shrinkage,
         fisher_coupling=fisher_coupling,
+        centre=centre,
         rope=rope,
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,

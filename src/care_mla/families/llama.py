@@ -6,4 +6,5 @@ LLAMA = FamilySpec(
     model_type="llama",
     qkv_bias="attention_bias",
     config_defaults={"tie_word_embeddings": False},
+    exports=("deepseek-v3",),
 )

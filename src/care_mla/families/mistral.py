@@ -6,4 +6,5 @@ MISTRAL = FamilySpec(
     model_type="mistral",
     attention_kwargs={"sliding_window": "sliding_window"},
     config_defaults={"num_key_value_heads": 8, "sliding_window": None, "tie_word_embeddings": False},
+    exports=("deepseek-v3",),
 )

@@ -7,4 +7,5 @@ QWEN2 = FamilySpec(
     qkv_bias=True,
     attention_kwargs={"sliding_window": "sliding_window"},
     config_defaults={"num_key_value_heads": 32, "use_sliding_window": False, "tie_word_embeddings": False},
+    exports=("deepseek-v3",),
 )

@@ -27,6 +27,7 @@ class FamilySpec:
         config_defaults: values that the family's config class supplies when config.json omits them.
         refused: config entries that change attention in a way not expressed here: key -> reason. A truthy value refuses.
         required: config entries that must have the given value: key -> (value, reason).
+        exports: stock targets of `care export` whose decoder layers equal this family's outside attention.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class FamilySpec:
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    exports: tuple[str, ...] = ()
 
     def attention_name(self, layer: int) -> str:
         """Dotted name of a layer's attention module."""
