@@ -55,7 +55,9 @@ def main() -> None:
     calibration, _ = split_texts(arguments.data, arguments.work / "text")
     stats = arguments.work / "stats-c4-512"
     if not stats.is_dir():
-        care_mla.calibrate(arguments.model, stats, calibration=calibration["c4"], samples=64, seqlen=512, seed=42, fisher=True)
+        care_mla.calibrate(
+            arguments.model, stats, calibration=calibration["c4"], samples=64, seqlen=512, seed=42, fisher=True
+        )
     rows: list[dict[str, Any]] = []
     for name in ("original", *CONVERSIONS):
         directory: str | Path = arguments.model

@@ -852,7 +852,9 @@ class _ExportPlan:
         from care_mla.modeling import matching_rotation, rope_parameters
 
         if config.get("model_type") != "care_mla" or config.get("layout") != "mla":
-            raise CheckpointError(f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`")
+            raise CheckpointError(
+                f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
+            )
         source = config["text_config"]
         family = get_family(source)
         geometry = family.geometry(source)
@@ -911,12 +913,16 @@ def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, 
         if name == embedding and f"{prefix}lm_head.weight" not in reader:
             writer.add("lm_head.weight", tensor.clone())
             expected.pop("lm_head.weight")
-        if scale != 1.0 and own.endswith(("embed_tokens.weight", "mlp.down_proj.weight")):  # what writes the residual stream
+        if scale != 1.0 and own.endswith(
+            ("embed_tokens.weight", "mlp.down_proj.weight")
+        ):  # what writes the residual stream
             tensor = (tensor.double() * scale).to(tensor.dtype)
         _require_shape(expected, own, tensor)
         writer.add(own, tensor)
     if expected:
-        raise CheckpointError(f"{reader.directory} has no {min(expected)}, which the stock class needs ({len(expected)} such)")
+        raise CheckpointError(
+            f"{reader.directory} has no {min(expected)}, which the stock class needs ({len(expected)} such)"
+        )
     writer.finish()
     width = plan.config["kv_lora_rank"] + plan.config["qk_rope_head_dim"]
     elements, spent = width * len(layers), sum(plan.config["kv_lora_rank"] - rank for rank in plan.ranks)

@@ -74,7 +74,9 @@ def _convert(source: Path, out: Path, text: Path, **recipe: Any) -> Path:
 def _load_stock(directory: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """Logits, cache widths and generated tokens from a fresh process."""
     out = directory.parent / f"stock-{dtype}.safetensors"
-    done = subprocess.run([sys.executable, "-c", STOCK, str(directory), str(out), dtype], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(directory), str(out), dtype], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return load_file(out)
 
@@ -92,12 +94,16 @@ def test_one_kv_head_is_exact(kind: str, tiny: Callable[..., Path], tmp_path: Pa
     torch.testing.assert_close(loaded["logits"], original(IDS).logits, atol=1e-4, rtol=0)
     generated = original.generate(IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2)
     assert torch.equal(loaded["tokens"], generated)
-    assert loaded["widths"].tolist() == [n + n] * 3 and int(loaded["widths"].sum()) == record["cache_elements_per_token"]
+    assert (
+        loaded["widths"].tolist() == [n + n] * 3 and int(loaded["widths"].sum()) == record["cache_elements_per_token"]
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eps 1e-5, tied", "biases", "qwen2"])
-def test_truncated_equals_the_own_classes(kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_truncated_equals_the_own_classes(
+    kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     """Several kv heads, half the cache, ranks that differ and are padded."""
     converted = _convert(_source(kind, tiny), tmp_path / "mla", text_file, kv_save=0.5, qk_rope_head_dim=4, min_rank=1)
     record = care_mla.export(converted, tmp_path / "stock")
@@ -141,7 +147,9 @@ def test_bfloat16_is_within_the_noise_of_the_source(
 def test_refusals_name_the_reason(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     out = tmp_path / "stock"
     joint = tmp_path / "joint"
-    care_mla.convert(tiny("llama"), joint, calibration={"calibration": str(text_file), "samples": 4, "seqlen": 48}, rank=8)
+    care_mla.convert(
+        tiny("llama"), joint, calibration={"calibration": str(text_file), "samples": 4, "seqlen": 48}, rank=8
+    )
     with pytest.raises(CheckpointError, match="not a model of layout mla"):
         care_mla.export(joint, out)
     free = _convert(tiny("llama"), tmp_path / "free", text_file, kv_save=0.5, qk_rope_head_dim=8, rope="free")

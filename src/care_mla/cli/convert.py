@@ -66,7 +66,8 @@ def convert(
     centre: Annotated[
         bool | None,
         typer.Option(
-            "--centre/--no-centre", help="Give means back as biases, or keep the source's biases only.  [default: centre]"
+            "--centre/--no-centre",
+            help="Give means back as biases, or keep the source's biases only.  [default: centre]",
         ),
     ] = None,
     rope: Annotated[

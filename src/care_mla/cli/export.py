@@ -16,7 +16,9 @@ from care_mla.progress import rich_track
 
 @app.command()
 def export(
-    converted: Annotated[Path, typer.Argument(help="What `care convert --layout mla --rope stock` wrote.", metavar="DIR")],
+    converted: Annotated[
+        Path, typer.Argument(help="What `care convert --layout mla --rope stock` wrote.", metavar="DIR")
+    ],
     out: options.Out,
     target: Annotated[str, typer.Option("--target", help=f"{', '.join(pipeline.EXPORT_TARGETS)}.")] = "deepseek-v3",
     engine: Annotated[
@@ -24,7 +26,8 @@ def export(
         typer.Option("--engine", help="transformers: any latent width; vllm: latent + rotary key of 320, 512 or 576."),
     ] = "transformers",
     kv_lora_rank: Annotated[
-        int | None, typer.Option("--kv-lora-rank", help="Pad all latents to this width.  [default: as little as possible]")
+        int | None,
+        typer.Option("--kv-lora-rank", help="Pad all latents to this width.  [default: as little as possible]"),
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:

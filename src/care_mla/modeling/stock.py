@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from care_mla.errors import UnsupportedModelError
@@ -33,13 +34,14 @@ def matching_rotation(source: dict[str, Any], exported: dict[str, Any]) -> float
         UnsupportedModelError: other frequencies, or a scaling of scores that the source has not.
     """
     theirs, ours = rotary_module(exported, "model.rotary_emb"), rotary_module(source)
-    step = len(ours.inv_freq) // len(theirs.inv_freq)
+    their_frequencies, our_frequencies = cast(Tensor, theirs.inv_freq), cast(Tensor, ours.inv_freq)
+    step = len(our_frequencies) // len(their_frequencies)
     parameters = exported["rope_parameters"]
-    same = torch.allclose(theirs.inv_freq, ours.inv_freq[::step], rtol=1e-5, atol=0.0)
+    same = torch.allclose(their_frequencies, our_frequencies[::step], rtol=1e-5, atol=0.0)
     if not same or theirs.attention_scaling != ours.attention_scaling or parameters.get("mscale_all_dim"):
         raise UnsupportedModelError(
-            f"rope_type {parameters['rope_type']!r} with a rotary key of {2 * len(theirs.inv_freq)}: the stock class generates other "
-            f"frequencies or scales than the source; convert with --qk-rope-head-dim {2 * len(ours.inv_freq)}, or serve the converted "
+            f"rope_type {parameters['rope_type']!r} with a rotary key of {2 * len(their_frequencies)}: the stock class generates other "
+            f"frequencies or scales than the source; convert with --qk-rope-head-dim {2 * len(our_frequencies)}, or serve the converted "
             "directory itself"
         )
-    return float(ours.attention_scaling)
+    return float(cast(float, ours.attention_scaling))
