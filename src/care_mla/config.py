@@ -69,7 +69,8 @@ class Recipe(Settings):
             0.5 from `LOW_BUDGET_FROM` saving on.
         centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
-        qk_rope_head_dim: width of the shared rotary key in layout mla; None: the head's own width.
+        qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
+            where the method does not predict.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `LOW_BUDGET_FROM` saving on.

