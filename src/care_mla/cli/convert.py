@@ -74,6 +74,10 @@ def convert(
         str | None,
         typer.Option("--rope", help="Layout mla: free, stock or transmla choice of the rotary pairs.  [default: free]"),
     ] = None,
+    freq_fold: Annotated[
+        int | None,
+        typer.Option("--freq-fold", help="With --rope transmla: adjacent frequencies treated as one.  [default: 1]"),
+    ] = None,
     qk_rope_head_dim: Annotated[
         int | None,
         typer.Option(
@@ -126,6 +130,7 @@ def convert(
         fisher_coupling=fisher_coupling,
         centre=centre,
         rope=rope,
+        freq_fold=freq_fold,
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,
         refit=refit,
@@ -156,8 +161,13 @@ def recipe_name(recipe: dict[str, Any]) -> str:
 
 def _rotary_row(manifest: dict[str, Any]) -> str:
     """The rotary width, and what other widths were predicted to lose."""
-    others = ", ".join(f"{width}: {loss:.3f}" for width, loss in manifest["predicted_by_rotary_width"].items())
-    return f"{manifest['recipe']['qk_rope_head_dim']}" + (f" (predicted nats by width: {others})" if others else "")
+    others = ", ".join(
+        f"{width}: {lost['rotation']:.3f} + {lost['latent']:.3f}"
+        for width, lost in manifest["predicted_by_rotary_width"].items()
+    )
+    return f"{manifest['recipe']['qk_rope_head_dim']}" + (
+        f" (nats by width, rotation + latent: {others})" if others else ""
+    )
 
 
 def show_conversion(manifest: dict[str, Any], out: Path) -> None:

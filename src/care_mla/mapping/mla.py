@@ -52,17 +52,17 @@ def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]
 def rotary_queries(
     q: Float[Tensor, "nq *D"], selection: RotarySelection, num_kv_heads: int, head_dim: int
 ) -> Float[Tensor, "n_h P2 *D"]:
-    """Each head's queries for the shared rotary key: conj(decoder[p, group]) q_f for pair p of frequency f."""
+    """Each head's queries for the shared rotary key: sum_m conj(decoder[p, m, group]) q_m for pair p."""
     heads = half_split_heads(q.movedim(0, -1), head_dim)  # [*D, n_h, F]
     group = torch.arange(heads.shape[-2]) // (heads.shape[-2] // num_kv_heads)
-    mixed = heads[..., selection.frequencies] * selection.decoder.conj().T[group]
+    mixed = (heads[..., selection.sources] * selection.decoder.conj().movedim(-1, 0)[group]).sum(-1)
     return _real_then_imaginary(mixed).movedim((-2, -1), (0, 1)).contiguous()
 
 
 def rotary_key(k: Float[Tensor, "n *D"], selection: RotarySelection, head_dim: int) -> Float[Tensor, "P2 *D"]:
-    """The shared rotary key: encoder[p] applied to the heads' keys of pair p's frequency."""
-    heads = half_split_heads(k.movedim(0, -1), head_dim)[..., selection.frequencies]  # [*D, g, P]
-    return _real_then_imaginary((heads * selection.encoder.T).sum(-2)).movedim(-1, 0).contiguous()
+    """The shared rotary key: encoder[p] applied to the heads' keys of pair p's frequencies."""
+    heads = half_split_heads(k.movedim(0, -1), head_dim)[..., selection.sources]  # [*D, g, P, M]
+    return _real_then_imaginary((heads * selection.encoder.movedim(-1, 0)).sum((-3, -1))).movedim(-1, 0).contiguous()
 
 
 def position_free(selection: RotarySelection) -> Float[Tensor, "m m"]:
