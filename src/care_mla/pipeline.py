@@ -76,6 +76,8 @@ EXPORT_TARGETS = ("deepseek-v3",)
 
 ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Widths of the rotary key that layout mla chooses from, where none is given."""
+SMALLEST_NORM_WEIGHT = 1e-6
+"""Weights of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
 LATENT_LOSS_WEIGHT = 4.0
 """How much more a predicted loss of the latent counts than one of dropped rotations when widths are compared: on held-out text
 the first came out too low, the second too high (docs/mla.md); 3 to 6 choose the same widths."""
@@ -109,6 +111,22 @@ class Source:
             [self.projection(layer, name)[0].double() for name in (self.family.k_proj, self.family.v_proj)]
         )
 
+    def key_norm(self, layer: int) -> Tensor | None:
+        """Weight [d] of the keys' norm, float64; None without QK-norm."""
+        if self.family.k_norm is None:
+            return None
+        return self.reader[f"{self.family.attention_name(layer)}.{self.family.k_norm}.weight"].double()
+
+    def output_scale(self, layer: int, layout: Layout) -> Tensor | None:
+        """diag of S where a layer's latent carries S [k ; v]: layout mla folds the keys' norm weight into them."""
+        weight = self.key_norm(layer) if layout == "mla" else None
+        if weight is None:
+            return None
+        keys = weight.repeat(self.geometry.num_kv_heads)
+        return torch.cat(
+            [torch.where(keys.abs() < SMALLEST_NORM_WEIGHT, SMALLEST_NORM_WEIGHT, keys), torch.ones_like(keys)]
+        )
+
     def converted_tensors(self, layer: int, factors: Sequence[Factors], spectra: LayerSpectra) -> dict[str, Tensor]:
         """Weights of a converted attention module, by name, float64."""
         family, mean = self.family, spectra.means[layer]
@@ -132,6 +150,7 @@ class Source:
             k_bias=None if k_bias is None else k_bias.double(),
             v_bias=None if v_bias is None else v_bias.double(),
             o_bias=read(f"{family.o_proj}.bias"),
+            k_norm=self.key_norm(layer),
         )
         geometry = self.geometry
         return mla_tensors(
@@ -352,6 +371,7 @@ class LayerSpectra:
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
         self.means: list[Tensor | None] = []  # [layer]
         self.selections: list[RotarySelection] = []  # [layer], layout mla
+        self.scales: list[Tensor | None] = []  # [layer], see `Source.output_scale`
         self.rotation_cost: Tensor | None = None  # [frequencies], layout mla
         self.notes: list[str] = []  # what the user should know of the statistics
         method = get_method(recipe.method)
@@ -362,6 +382,10 @@ class LayerSpectra:
             )
             self._note_evidence(layer, collected, recipe)
             W = source.stacked_weights(layer)
+            scale = source.output_scale(layer, recipe.layout)
+            self.scales.append(scale)
+            if scale is not None:
+                collected, W = collected.rescaled(scale), scale[:, None] * W
             metric = method.metric(collected, W, recipe.weighting)
             self.means.append(metric.mean)
             if recipe.layout == "mla":
@@ -471,6 +495,7 @@ def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Re
         kv_save=recipe.kv_save,
         cache_elements=recipe.cache_elements,
         qk_rope_head_dim=qk_rope_head_dim,
+        key_scales=source.geometry.num_kv_heads if recipe.layout == "mla" and source.family.k_norm else 0,
     )
     decided = recipe.at(budget.kv_save)
     if recipe.layout == "mla":
@@ -843,6 +868,8 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
     collected = LayerStatistics(statistics.layer(layer), statistics.fisher(layer) if statistics.has_fisher else None)
+    scale = spectra.scales[layer]
+    collected = collected if scale is None else collected.rescaled(scale)
     mean, carried = spectra.means[layer], spectra.carried(layer)
     k_error, v_error = relative_errors(
         factors,

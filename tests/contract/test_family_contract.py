@@ -29,15 +29,15 @@ def _kv_width(source: Path) -> int:
     return care_mla.inspect(source).geometry.kv_width
 
 
+def _key_scales(source: Path) -> int:
+    """Cached scales of a layer in layout mla: one a kv head with QK-norm."""
+    inspection = care_mla.inspect(source)
+    return inspection.geometry.num_kv_heads if "QK-norm" in {name for name, *_ in inspection.features} else 0
+
+
 @pytest.fixture(params=["split", "joint"])
 def layout(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def _mla_or_skip(family: str) -> str:
-    if "qwen3" in family:
-        pytest.skip("QK-norm: layout mla refuses it, see test_mla_refuses_qk_norm")
-    return family
 
 
 @pytest.fixture(params=["split", "joint", "mla"])
@@ -45,13 +45,14 @@ def parity_pair(
     request: pytest.FixtureRequest, family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> tuple[Any, Any]:
     """Source and its conversion at full rank (mla: all keys rotary, values at full rank), which must not differ."""
-    if request.param == "mla":
-        _mla_or_skip(family)
     source = tiny(family)
     n = _kv_width(source)
-    options = {"qk_rope_head_dim": n, "ranks": "uniform"} if request.param == "mla" else {}
+    options: dict[str, Any] = {"rank": n}
+    if request.param == "mla":
+        elements = 3 * (2 * n + _key_scales(source))
+        options = {"cache_elements": elements, "qk_rope_head_dim": n, "ranks": "uniform"}
     return care_mla.load(source), care_mla.load(
-        _convert(source, tmp_path / "full", text_file, rank=n, layout=request.param, **options)
+        _convert(source, tmp_path / "full", text_file, layout=request.param, **options)
     )
 
 
@@ -160,7 +161,8 @@ def test_mla_reads_its_cache_as_it_prefills(
     family: str, rope: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
     """Truncated: absorbed decoding equals expanded prefill; what is cached is latent and rotary key; reloads; padding."""
-    source = tiny(_mla_or_skip(family))
+    source = tiny(family)
+    scales = _key_scales(source)
     rope_width = care_mla.inspect(source).geometry.head_dim // 2
     options = {"layout": "mla", "kv_save": 0.3, "qk_rope_head_dim": rope_width, "rope": rope, "context": 64}
     converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
@@ -169,7 +171,7 @@ def test_mla_reads_its_cache_as_it_prefills(
     torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
     assert "rotary key" in (tmp_path / "out" / "care_report.html").read_text()
     usage = measure_cache(converted, _ids(1, 7))
-    assert usage.layer_widths == [rank + rope_width for rank in converted.config.kv_lora_rank]
+    assert usage.layer_widths == [rank + rope_width + scales for rank in converted.config.kv_lora_rank]
     assert usage.bytes_per_token == 4 * sum(usage.layer_widths)
     assert sum(usage.layer_widths) <= 0.7 * care_mla.inspect(source).geometry.cache_elements_per_token
     converted.save_pretrained(tmp_path / "again")
@@ -180,14 +182,6 @@ def test_mla_reads_its_cache_as_it_prefills(
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
     plain = converted.generate(ids[:, :9], **greedy)[:, 9:]
     assert torch.equal(plain, converted.generate(padded, attention_mask=mask, **greedy)[:, 13:])
-
-
-def test_mla_refuses_qk_norm(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match="QK-norm, which layout mla cannot express; choose --layout split or joint"
-    ):
-        _convert(tiny("qwen3"), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("rope_type", "more"), [("dynamic", {"factor": 2.0}), ("yarn", {"factor": 4.0})])
