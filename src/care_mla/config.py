@@ -69,7 +69,7 @@ class Recipe(Settings):
             0.5 from `LOW_BUDGET_FROM` saving on.
         centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
-        freq_fold: adjacent frequencies that rope transmla treats as one (FreqFold).
+        freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold).
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
             where the method does not predict.
         context: positions that attention must span when rotations are dropped, layout mla.

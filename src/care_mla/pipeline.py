@@ -417,7 +417,11 @@ class LayerSpectra:
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
             about_zero = about_zero + torch.outer(keys.mean, keys.mean)
         moment = complex_moment(about_zero, geometry.head_dim, recipe.freq_fold)
-        weights = None if keys.output_metric is None else complex_moment(keys.output_metric, geometry.head_dim)
+        weights = (
+            None
+            if keys.output_metric is None
+            else complex_moment(keys.output_metric, geometry.head_dim, recipe.freq_fold)
+        )
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
         assert recipe.qk_rope_head_dim is not None
@@ -468,10 +472,10 @@ def _require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
     if recipe.freq_fold > 1 and not (
-        recipe.layout == "mla" and recipe.rope == "transmla" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
+        recipe.layout == "mla" and recipe.rope != "free" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
     ):
         raise ConfigError(
-            f"--freq-fold {recipe.freq_fold} is TransMLA's: it needs --layout mla --rope transmla, and must divide the "
+            f"--freq-fold {recipe.freq_fold} needs --layout mla --rope stock or transmla, and must divide the "
             f"{source.geometry.head_dim // 2} frequencies of a head"
         )
     options, refused = [], None

@@ -76,7 +76,9 @@ def convert(
     ] = None,
     freq_fold: Annotated[
         int | None,
-        typer.Option("--freq-fold", help="With --rope transmla: adjacent frequencies treated as one.  [default: 1]"),
+        typer.Option(
+            "--freq-fold", help="With --rope stock or transmla: adjacent frequencies treated as one.  [default: 1]"
+        ),
     ] = None,
     qk_rope_head_dim: Annotated[
         int | None,
