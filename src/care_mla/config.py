@@ -69,7 +69,8 @@ class Recipe(Settings):
             0.5 from `LOW_BUDGET_FROM` saving on.
         centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
-        freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold).
+        freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold); None is 1, for rope
+            stock as many as share a rotary pair and at least 2, unless every pair is kept.
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
             where the method does not predict.
         context: positions that attention must span when rotations are dropped, layout mla.
@@ -95,7 +96,7 @@ class Recipe(Settings):
     fisher_coupling: Coupling = "full"
     centre: bool = True
     rope: RopeMode = "free"
-    freq_fold: int = Field(1, ge=1)
+    freq_fold: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=2, multiple_of=2)
     context: int = Field(8192, ge=2)
     refit: bool | None = None

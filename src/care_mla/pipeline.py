@@ -416,6 +416,7 @@ class LayerSpectra:
         about_zero = keys.second_moment
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
             about_zero = about_zero + torch.outer(keys.mean, keys.mean)
+        assert recipe.qk_rope_head_dim is not None and recipe.freq_fold is not None
         moment = complex_moment(about_zero, geometry.head_dim, recipe.freq_fold)
         weights = (
             None
@@ -424,7 +425,6 @@ class LayerSpectra:
         )
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
-        assert recipe.qk_rope_head_dim is not None
         pairs, parts = recipe.qk_rope_head_dim // 2, components(moment, weights)
         return select(parts, self.rotation_cost, pairs, geometry.num_kv_heads, recipe.rope)
 
@@ -471,8 +471,12 @@ def _require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
-    if recipe.freq_fold > 1 and not (
-        recipe.layout == "mla" and recipe.rope != "free" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
+    if (
+        recipe.freq_fold is not None
+        and recipe.freq_fold > 1
+        and not (
+            recipe.layout == "mla" and recipe.rope != "free" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
+        )
     ):
         raise ConfigError(
             f"--freq-fold {recipe.freq_fold} needs --layout mla --rope stock or transmla, and must divide the "
@@ -503,12 +507,23 @@ def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Re
     )
     decided = recipe.at(budget.kv_save)
     if recipe.layout == "mla":
-        decided = decided.model_copy(update={"qk_rope_head_dim": qk_rope_head_dim})
+        fold = recipe.freq_fold or _freq_fold(recipe, qk_rope_head_dim, source.geometry)
+        decided = decided.model_copy(update={"qk_rope_head_dim": qk_rope_head_dim, "freq_fold": fold})
     assert decided.ranks is not None
     check_allocation(
         decided.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
     )
     return decided, budget
+
+
+def _freq_fold(recipe: Recipe, qk_rope_head_dim: int, geometry: Geometry) -> int:
+    """Default of `Recipe.freq_fold`: a frequency that no rotary pair has would stand still, so it folds with one that has."""
+    frequencies = geometry.head_dim // 2
+    step = frequencies // (qk_rope_head_dim // 2)
+    if recipe.rope != "stock" or frequencies * geometry.num_kv_heads <= qk_rope_head_dim // 2:
+        return 1
+    fold = max(2, step)
+    return fold if frequencies % fold == 0 else 1
 
 
 def _rotary_widths(recipe: Recipe, geometry: Geometry) -> list[int]:

@@ -77,7 +77,8 @@ def convert(
     freq_fold: Annotated[
         int | None,
         typer.Option(
-            "--freq-fold", help="With --rope stock or transmla: adjacent frequencies treated as one.  [default: 1]"
+            "--freq-fold",
+            help="With --rope stock or transmla: adjacent frequencies treated as one.  [default: 1, stock: at least 2]",
         ),
     ] = None,
     qk_rope_head_dim: Annotated[
