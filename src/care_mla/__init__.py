@@ -6,7 +6,17 @@ Importing this registers `model_type` care_mla with transformers' AutoConfig and
 from care_mla.errors import ConversionError
 from care_mla.families import FamilySpec, register_family
 from care_mla.modeling import LatentCache, load
-from care_mla.pipeline import calibrate, convert, evaluate, fetch, inspect, plan_ranks, plan_uniform, write_report
+from care_mla.pipeline import (
+    calibrate,
+    convert,
+    evaluate,
+    export,
+    fetch,
+    inspect,
+    plan_ranks,
+    plan_uniform,
+    write_report,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +26,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate",
+    "export",
     "fetch",
     "inspect",
     "load",

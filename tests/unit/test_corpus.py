@@ -127,3 +127,11 @@ def test_self_sampling_is_deterministic_full_and_without_special_tokens() -> Non
 def test_self_needs_the_model() -> None:
     with pytest.raises(ConfigError, match="model itself"):
         make_windows("self", TOKENIZER, samples=1, seqlen=8, seed=0)
+
+
+def test_copy_says_random_strings_twice() -> None:
+    mixed = make_windows("copy", TOKENIZER, samples=3, seqlen=17, seed=0)
+    body = mixed.input_ids
+    assert body.shape == (3, 17) and mixed.lengths.tolist() == [17] * 3
+    assert torch.equal(body[:, :8], body[:, 9:]) and not torch.equal(body[0], body[1])
+    assert not set(TOKENIZER.all_special_ids) & set(body.flatten().tolist())

@@ -10,6 +10,7 @@ from care_mla.errors import RankError
 from care_mla.linalg import decompose, truncate
 from care_mla.mapping import AttentionWeights, mla_tensors, position_free
 from care_mla.rope import (
+    Components,
     RotarySelection,
     complex_moment,
     components,
@@ -51,7 +52,7 @@ def test_complex_moment_is_the_average_outer_product() -> None:
 
 def test_real_map_multiplies_every_frequency_and_commutes_with_rotation() -> None:
     maps = torch.complex(_random(4, HEADS, HEADS), _random(4, HEADS, HEADS, seed=1))
-    x, matrix = _random(5, HEADS * WIDTH), real_map(maps)
+    x, matrix = _random(5, HEADS * WIDTH), real_map(maps, HEADS)
     expected = torch.einsum("fgh,thf->tgf", maps, half_split_heads(x, WIDTH))
     torch.testing.assert_close(half_split_heads(x @ matrix.T, WIDTH), expected)
     before = _rotate(x.view(5, HEADS, WIDTH), 3.0).flatten(1) @ matrix.T
@@ -83,20 +84,53 @@ def test_standing_still_costs_nothing_when_slow_and_two_when_fast() -> None:
 def test_free_keeps_the_dearest_pairs_and_stock_one_of_each_frequency(parts) -> None:  # type: ignore[no-untyped-def]
     cost = dropped_rotation(FREQUENCIES, 100)
     price = parts.energies * cost[:, None]
-    free = select(parts, cost, 5, "free")
+    free = select(parts, cost, 5, HEADS, "free")
     assert torch.equal(
         torch.bincount(free.frequencies, minlength=4), (price >= price.flatten().sort().values[-5]).sum(1)
     )
-    assert select(parts, cost, 4, "stock").frequencies.tolist() == [0, 1, 2, 3]
-    assert select(parts, cost, 2, "stock").frequencies.tolist() == [0, 2]
-    everything = select(parts, cost, 12, "free")
+    assert select(parts, cost, 4, HEADS, "stock").frequencies.tolist() == [0, 1, 2, 3]
+    assert select(parts, cost, 2, HEADS, "stock").frequencies.tolist() == [0, 2]
+    everything = select(parts, cost, 12, HEADS, "free")
     torch.testing.assert_close(everything.rest, torch.zeros(24, 24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("pairs", "mode"), [(13, "free"), (3, "stock"), (8, "stock"), (0, "stock")])
 def test_impossible_widths(pairs: int, mode: str, parts) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RankError, match="--qk-rope-head-dim"):
-        select(parts, dropped_rotation(FREQUENCIES, 100), pairs, mode)
+        select(parts, dropped_rotation(FREQUENCIES, 100), pairs, HEADS, mode)
+
+
+def _folded(keys: Tensor, fold: int) -> Components:
+    moment = complex_moment(keys.T @ keys / len(keys), WIDTH, fold)
+    return components(moment.real.to(moment.dtype))
+
+
+def test_freq_fold_mixes_neighbours_and_turns_at_the_engine_frequencies() -> None:
+    parts, cost = _folded(_random(90, HEADS * WIDTH), 2), dropped_rotation(FREQUENCIES, 100)
+    assert parts.energies.shape == (2, 6)
+    selection = select(parts, cost, 4, HEADS, "transmla")
+    assert selection.frequencies.tolist() == [0, 1, 2, 3]
+    assert selection.sources.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert select(parts, cost, 2, HEADS, "transmla").frequencies.tolist() == [0, 2]
+    with pytest.raises(RankError, match="--freq-fold"):
+        select(parts, cost, 1, HEADS, "transmla")
+
+
+def test_freq_fold_splits_keys_without_loss_and_concentrates_their_energy() -> None:
+    """z = sum of kept components + rest; neighbours that say the same need one component for both."""
+    keys = _random(90, HEADS * WIDTH)
+    heads = keys.view(90, HEADS, 2, 2, 2)  # heads, real or imaginary, folds, fold
+    heads[..., 1] = 0.5 * heads[..., 0]
+    selection = select(_folded(keys, 2), dropped_rotation(FREQUENCIES, 100), 4, HEADS, "transmla")
+    z = half_split_heads(keys, WIDTH)
+    read = torch.einsum("pmg,tgpm->tp", selection.encoder, z[..., selection.sources])
+    kept = torch.zeros_like(z)
+    for pair, sources in enumerate(selection.sources.tolist()):
+        for m, source in enumerate(sources):
+            kept[..., source] += read[:, pair, None] * selection.decoder[pair, m]
+    torch.testing.assert_close(kept + half_split_heads(keys @ selection.rest.T, WIDTH), z)
+    single = _folded(keys, 1).energies
+    assert _folded(keys, 2).energies[:, :2].sum() > single[:, 0].sum()
 
 
 def _weights(**biases: Tensor) -> AttentionWeights:
@@ -118,7 +152,7 @@ def test_scores_are_those_of_a_literal_edit(pairs: int, biased: bool, parts) -> 
         else {}
     )
     weights = _weights(**biases)
-    selection = select(parts, dropped_rotation(FREQUENCIES, 100), pairs)
+    selection = select(parts, dropped_rotation(FREQUENCIES, 100), pairs, HEADS)
     y = _random(99, rank, seed=4)
     both = position_free(selection)
     factors = truncate(decompose(both @ (y.T @ y) @ both.T + 1e-9 * torch.eye(rank, dtype=torch.float64)), rank)
@@ -157,10 +191,10 @@ def test_scores_are_those_of_a_literal_edit(pairs: int, biased: bool, parts) -> 
 
 def test_predicted_rotation_loss_is_the_quadratic_form(parts) -> None:  # type: ignore[no-untyped-def]
     """Keys off by w (exp(i angle) - 1), gradients of random phase: E[(g^T e)^2] / 2 on many draws."""
-    selection: RotarySelection = select(parts, dropped_rotation(FREQUENCIES, 100), 4)
+    selection: RotarySelection = select(parts, dropped_rotation(FREQUENCIES, 100), 4, HEADS)
     keys, gradients = _random(200000, 24, seed=1), _random(200000, 24, seed=2) @ _random(24, 24, seed=3) * 0.1
     moment, curvature = keys.T @ keys / 200000, gradients.T @ gradients / 200000
-    curvature = real_map(complex_moment(curvature, WIDTH)) / 2  # phases of gradients are uniform
+    curvature = real_map(complex_moment(curvature, WIDTH), HEADS) / 2  # phases of gradients are uniform
     gradients = _random(200000, 24, seed=4) @ torch.linalg.cholesky(curvature).T
     lost = half_split_heads(keys @ selection.rest.T, WIDTH)
     positions = torch.randint(0, 100, (200000, 2), generator=torch.Generator().manual_seed(5))

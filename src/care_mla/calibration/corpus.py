@@ -42,6 +42,8 @@ HUB_CORPORA = {
 MAX_DOCUMENTS = 5000
 """Documents taken from a streamed corpus."""
 SELF = "self"
+COPY = "copy"
+"""Random tokens said twice. Ordinary text hardly shows how a model copies, and what it does not show, a conversion drops."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,22 @@ def _document_windows(
     return rows, lengths
 
 
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Tensor:
+    """Ids of all tokens but the special ones, below `vocabulary` where one is given."""
+    size = len(tokenizer) if vocabulary is None else min(vocabulary, len(tokenizer))
+    ordinary = torch.ones(size, dtype=torch.bool)
+    ordinary[[i for i in tokenizer.all_special_ids if i < size]] = False
+    return ordinary.nonzero()[:, 0]
+
+
+def copying_windows(tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int, bos: int | None) -> Tensor:
+    """[count, seqlen], each a string of random ordinary tokens and the same string again."""
+    choices, body = ordinary_tokens(tokenizer), seqlen - (bos is not None)
+    drawn = torch.randint(0, len(choices), (count, -(-body // 2)), generator=torch.Generator().manual_seed(seed))
+    windows = choices[drawn].repeat(1, 2)[:, :body]
+    return windows if bos is None else torch.cat([torch.full((count, 1), bos), windows], dim=1)
+
+
 @torch.no_grad()
 def sample_from_model(
     model: PreTrainedModel,
@@ -298,14 +316,9 @@ def sample_from_model(
     tokens are never drawn, so that every window is full.
     """
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(
-        sorted({i for i in tokenizer.all_special_ids if i < model.config.get_text_config().vocab_size}),
-        dtype=torch.long,
-    )
-    vocabulary = min(model.config.get_text_config().vocab_size, len(tokenizer))
-    ordinary = torch.ones(vocabulary, dtype=torch.bool)
-    ordinary[special[special < vocabulary]] = False
-    choices = ordinary.nonzero()[:, 0]
+    vocabulary = model.config.get_text_config().vocab_size
+    special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i < vocabulary}), dtype=torch.long)
+    choices = ordinary_tokens(tokenizer, vocabulary)
     bos = leading_bos(tokenizer)
     samples = []
     for start in track(range(0, count, batch_size), "Sampling text from the model", -(-count // batch_size)):
@@ -340,7 +353,7 @@ def make_windows(
     """Calibration samples of a SPEC.
 
     Args:
-        spec: `NAME`, or a weighted mix `NAME:0.5,NAME:0.5`; NAME is a file, a hub corpus or `self`.
+        spec: `NAME`, or a weighted mix `NAME:0.5,NAME:0.5`; NAME is a file, a hub corpus, `self` or `copy`.
         pack: windows at random positions of the joined text; otherwise one padded window a document.
         model: needed for `self`.
 
@@ -363,6 +376,9 @@ def make_windows(
             if model is None:
                 raise ConfigError("calibration on `self` needs the model itself")
             rows = sample_from_model(model, tokenizer, count, seqlen, seed + index, track=track)
+            length = torch.full((count,), seqlen)
+        elif part.name == COPY:
+            rows = copying_windows(tokenizer, count, seqlen, seed + index, bos)
             length = torch.full((count,), seqlen)
         elif pack:
             tokens = tokenize(tokenizer, load_text(part.name, field=field))

@@ -27,7 +27,7 @@ def main() -> None:
     """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
     quiet_libraries()
     signal.signal(signal.SIGTERM, _as_interrupt)
-    from care_mla.cli import calibrate, convert, evaluate, fetch, inspect, plan, report  # noqa: F401  (registration)
+    from care_mla.cli import calibrate, convert, evaluate, export, fetch, inspect, plan, report  # noqa: F401  (registration)
 
     errors = Console(stderr=True)
     try:

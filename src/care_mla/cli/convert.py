@@ -63,13 +63,29 @@ def convert(
         str | None,
         typer.Option("--fisher-coupling", help="full, or block: keys and values weighed apart.  [default: full]"),
     ] = None,
+    centre: Annotated[
+        bool | None,
+        typer.Option(
+            "--centre/--no-centre",
+            help="Give means back as biases, or keep the source's biases only.  [default: centre]",
+        ),
+    ] = None,
     rope: Annotated[
         str | None,
         typer.Option("--rope", help="Layout mla: free, stock or transmla choice of the rotary pairs.  [default: free]"),
     ] = None,
+    freq_fold: Annotated[
+        int | None,
+        typer.Option(
+            "--freq-fold",
+            help="With --rope stock or transmla: adjacent frequencies treated as one.  [default: 1, stock: at least 2]",
+        ),
+    ] = None,
     qk_rope_head_dim: Annotated[
         int | None,
-        typer.Option("--qk-rope-head-dim", help="Layout mla: width of the rotary key.  [default: the head's]"),
+        typer.Option(
+            "--qk-rope-head-dim", help="Layout mla: width of the rotary key.  [default: of least predicted loss]"
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Layout mla: positions attention must span.  [default: 8192]")
@@ -115,7 +131,9 @@ def convert(
         fisher_exponent=fisher_exponent,
         fisher_shrinkage=fisher_shrinkage,
         fisher_coupling=fisher_coupling,
+        centre=centre,
         rope=rope,
+        freq_fold=freq_fold,
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,
         refit=refit,
@@ -144,6 +162,17 @@ def recipe_name(recipe: dict[str, Any]) -> str:
     return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{refit}"
 
 
+def _rotary_row(manifest: dict[str, Any]) -> str:
+    """The rotary width, and what other widths were predicted to lose."""
+    others = ", ".join(
+        f"{width}: {lost['rotation']:.3f} + {lost['latent']:.3f}"
+        for width, lost in manifest["predicted_by_rotary_width"].items()
+    )
+    return f"{manifest['recipe']['qk_rope_head_dim']}" + (
+        f" (nats by width, rotation + latent: {others})" if others else ""
+    )
+
+
 def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     """One table: what was asked for and what it saves."""
     table = Table(title=f"{manifest['source']['name']} -> {out}", show_header=False)
@@ -156,6 +185,8 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     )
     table.add_row("KV cache saved", f"{100 * manifest['kv_save']:.1f}%")
     table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
+    if recipe["layout"] == "mla":
+        table.add_row("rotary key", _rotary_row(manifest))
     for block, name in (("k", "keys"), ("v", "values")):
         errors = [layer["relative_error"][block] for layer in layers]
         table.add_row(

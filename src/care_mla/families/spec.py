@@ -47,7 +47,7 @@ class FamilySpec:
         config_defaults: values that the family's config class supplies when config.json omits them.
         refused: config entries that change the model in a way not expressed here: key -> reason. A truthy value refuses.
         required: config entries that must have the given value: key -> (value, reason).
-        exports: stock targets whose decoder block outside the attention equals this family's.
+        exports: stock targets of `care export` whose decoder layers equal this family's outside attention.
     """
 
     model_type: str
@@ -149,11 +149,8 @@ class FamilySpec:
             "qkv bias": "q, k, v"
             if (config.get(self.qkv_bias) if isinstance(self.qkv_bias, str) else self.qkv_bias)
             else "",
-            "QK-norm": {"head": "per head, before RoPE", "projection": "over the whole projection, before RoPE"}[
-                self.qk_norm_over
-            ]
-            if self.k_norm
-            else "",
+            "QK-norm": "per head, before RoPE" if self.k_norm and self.qk_norm_over == "head" else "",
+            "QK-norm over the projection": "before RoPE" if self.k_norm and self.qk_norm_over == "projection" else "",
             "attention scale": f"{self.scale} = {config[self.scale]}" if self.scale else "",
             "soft-cap": f"scores within {config[self.soft_cap]}" if self.soft_cap and config.get(self.soft_cap) else "",
             "attention sinks": "one extra logit a head" if self.sinks else "",

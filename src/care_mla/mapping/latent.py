@@ -23,6 +23,7 @@ EXPRESSES: dict[str, str] = {
     "qkv bias": "k and v biases are added to the rebuilt keys and values",
     "fused qkv": "the rows of q become q_proj",
     "QK-norm": "keys are rebuilt, then normalized",
+    "QK-norm over the projection": "keys are rebuilt, then normalized",
     "attention scale": "the attention module's own",
     "soft-cap": "scores are capped by the source's attention function",
     "attention sinks": "same logits in the source's attention function",

@@ -6,6 +6,13 @@ Tensors of one attention module (R latent width, P rotary pairs, d head width, n
     kv_b_proj.weight          [n_h 2d, R]      latent -> each query head's position-free key and value
     q_proj.weight             [n_h (d + 2P), D]  each head's position-free query and rotary query
     o_proj.bias               [D]              what constants of the values amount to
+
+With QK-norm, keys are k / rms(k) * w: w is folded into the maps, 1 / rms(k) is cached, one scale a kv head, and multiplies scores.
+Queries are normalized before they are split, so their projection stays the source's:
+    q_proj.weight             [n_h d, D]       the source's
+    q_rope.weight             [g 2P, d]        normalized query of a head group -> rotary query
+    k_proj.weight             [n, D]           the source's, for the scales of new tokens
+    k_constant                [n]              constant of the position-free keys, to which a scaled softmax is not blind
 """
 
 from __future__ import annotations
@@ -26,10 +33,11 @@ EXPRESSES: dict[str, str] = {
     "sliding window": "same masks; windowed layers cache a window",
     "RoPE scaling": "the rotary key is turned by the model's own rotary module",
     "tied embeddings": "unchanged",
+    "QK-norm": "one scale a kv head is cached and multiplies scores",
 }
 
 REFUSES: dict[str, str] = {
-    "QK-norm": "a norm between the projection and RoPE cannot be absorbed",
+    "QK-norm over the projection": "the cached scales are those of heads; a norm over all of them is not built",
     "soft-cap": "constants of the position-free keys are left to softmax, which is not blind to them once scores are capped",
     "attention sinks": "constants of the values move into o_proj's bias, and beside a sink the attention weights do not sum to one",
     "length-dependent RoPE": "it changes the frequencies with the length, so no rotary pair can be chosen",
@@ -47,6 +55,7 @@ class AttentionWeights:
 
     Attributes:
         q, k, v: [n_h d, D], [n, D], [n, D]; o: [D, n_h d]; biases or None.
+        k_norm: [d] weight of the keys' norm, None without QK-norm.
     """
 
     q: Float[Tensor, "nq D"]
@@ -57,6 +66,12 @@ class AttentionWeights:
     k_bias: Float[Tensor, "n"] | None = None
     v_bias: Float[Tensor, "n"] | None = None
     o_bias: Float[Tensor, "D"] | None = None
+    k_norm: Float[Tensor, "d"] | None = None
+
+    def key_scale(self) -> Float[Tensor, "n"]:
+        """w of the keys' norm for every key; ones without QK-norm."""
+        n = len(self.k)
+        return self.k.new_ones(n) if self.k_norm is None else self.k_norm.repeat(n // len(self.k_norm))
 
 
 def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]:
@@ -66,17 +81,17 @@ def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]
 def rotary_queries(
     q: Float[Tensor, "nq *D"], selection: RotarySelection, num_kv_heads: int, head_dim: int
 ) -> Float[Tensor, "n_h P2 *D"]:
-    """Each head's queries for the shared rotary key: conj(decoder[p, group]) q_f for pair p of frequency f."""
+    """Each head's queries for the shared rotary key: sum_m conj(decoder[p, m, group]) q_m for pair p."""
     heads = half_split_heads(q.movedim(0, -1), head_dim)  # [*D, n_h, F]
     group = torch.arange(heads.shape[-2]) // (heads.shape[-2] // num_kv_heads)
-    mixed = heads[..., selection.frequencies] * selection.decoder.conj().T[group]
+    mixed = (heads[..., selection.sources] * selection.decoder.conj().movedim(-1, 0)[group]).sum(-1)
     return _real_then_imaginary(mixed).movedim((-2, -1), (0, 1)).contiguous()
 
 
 def rotary_key(k: Float[Tensor, "n *D"], selection: RotarySelection, head_dim: int) -> Float[Tensor, "P2 *D"]:
-    """The shared rotary key: encoder[p] applied to the heads' keys of pair p's frequency."""
-    heads = half_split_heads(k.movedim(0, -1), head_dim)[..., selection.frequencies]  # [*D, g, P]
-    return _real_then_imaginary((heads * selection.encoder.T).sum(-2)).movedim(-1, 0).contiguous()
+    """The shared rotary key: encoder[p] applied to the heads' keys of pair p's frequencies."""
+    heads = half_split_heads(k.movedim(0, -1), head_dim)[..., selection.sources]  # [*D, g, P, M]
+    return _real_then_imaginary((heads * selection.encoder.movedim(-1, 0)).sum((-3, -1))).movedim(-1, 0).contiguous()
 
 
 def position_free(selection: RotarySelection) -> Float[Tensor, "m m"]:
@@ -100,14 +115,18 @@ def mla_tensors(
 
     Args:
         factors: of [rest k ; v], see `position_free`.
-        mean: mu of centred moments of [k ; v]. Softmax is blind to a constant in the position-free keys; the constant of
-            the values moves into o_proj's bias, exactly, since attention weights sum to one.
+        mean: mu of centred moments of [k ; v]. Softmax is blind to a constant in the position-free keys (not with QK-norm:
+            `k_constant`); the constant of the values moves into o_proj's bias, exactly, since attention weights sum to one.
+
+    With QK-norm, selection, factors and mean are those of [w k ; v].
     """
     n = len(source.k)
     num_heads = len(source.q) // head_dim
     group = torch.arange(num_heads) // (num_heads // num_kv_heads)
-    stacked = torch.cat([selection.rest @ source.k, source.v])
-    down = torch.cat([factors.encode @ stacked, rotary_key(source.k, selection, head_dim)])
+    scale = source.key_scale()
+    keys, k_bias = scale[:, None] * source.k, None if source.k_bias is None else scale * source.k_bias
+    stacked = torch.cat([selection.rest @ keys, source.v])
+    down = torch.cat([factors.encode @ stacked, rotary_key(keys, selection, head_dim)])
     ups = [part.view(num_kv_heads, head_dim, -1)[group] for part in (factors.up[:n], factors.up[n:])]
     queries = source.q.view(num_heads, head_dim, -1)
     tensors = {
@@ -121,13 +140,25 @@ def mla_tensors(
     if source.q_bias is not None:
         rotary = rotary_queries(source.q_bias, selection, num_kv_heads, head_dim)
         tensors["q_proj.bias"] = torch.cat([source.q_bias.view(num_heads, head_dim), rotary], dim=1).flatten()
-    if source.k_bias is not None:
+    if k_bias is not None:
         latent = torch.zeros(len(factors.encode), dtype=down.dtype)
-        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([latent, rotary_key(source.k_bias, selection, head_dim)])
+        tensors["kv_a_proj_with_mqa.bias"] = torch.cat([latent, rotary_key(k_bias, selection, head_dim)])
     constant = torch.zeros(n, dtype=down.dtype) if source.v_bias is None else source.v_bias
+    k_constant = torch.zeros_like(constant) if k_bias is None else selection.rest @ k_bias
     if mean is not None:
         centre = torch.cat([selection.rest @ mean[:n], mean[n:]])
-        constant = constant + (centre - factors.projector() @ centre)[n:]
+        kept_keys, kept_values = (centre - factors.projector() @ centre).chunk(2)
+        constant, k_constant = constant + kept_values, k_constant + kept_keys
+    if source.k_norm is not None:
+        one_head_each = torch.eye(head_dim, dtype=down.dtype).repeat(num_kv_heads, 1)
+        tensors |= {
+            "q_proj.weight": source.q,
+            "q_rope.weight": rotary_queries(one_head_each, selection, num_kv_heads, head_dim).flatten(0, 1),
+            "k_proj.weight": source.k,
+            "k_constant": k_constant,
+        }
+        tensors |= {} if source.q_bias is None else {"q_proj.bias": source.q_bias}
+        tensors |= {} if source.k_bias is None else {"k_proj.bias": source.k_bias}
     if mean is not None or source.v_bias is not None or source.o_bias is not None:
         by_head = constant.view(num_kv_heads, head_dim)[group].flatten()
         tensors["o_proj.bias"] = source.o @ by_head + (0.0 if source.o_bias is None else source.o_bias)

@@ -25,7 +25,7 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
         raise CalibrationError(
             "method fisher needs Fisher statistics; calibrate with `--fisher`, or choose --method care"
         )
-    mean = collected.mean
+    mean = collected.mean if weighting.centre else torch.zeros_like(collected.mean)
     centred = collected.second_moment - torch.outer(mean, mean)
     second_moment = shrink(centred, statistics.moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
     gradients = collected.metric
@@ -36,4 +36,4 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     scale = gradients.diagonal().mean()
     damped = shrink_to_isotropic(gradients / scale, weighting.fisher_shrinkage)
     metric = scale * symmetric_power(damped, weighting.fisher_exponent, name="the Fisher metric G")
-    return Metric(second_moment, metric, mean)
+    return Metric(second_moment, metric, mean if weighting.centre else None)

@@ -24,12 +24,14 @@ class Weighting:
         fisher_exponent: p of the tempered metric G^p; 1 trusts the quadratic model of the loss, 0 ignores it.
         fisher_shrinkage: of G, toward its mean eigenvalue.
         fisher_coupling: "full" 2n x 2n metric, or "block": keys and values weighed apart.
+        centre: whether means may be given back as constants; without, a conversion needs no bias.
     """
 
     shrinkage: float = 0.01
     fisher_exponent: float = 0.5
     fisher_shrinkage: float = 0.02
     fisher_coupling: Coupling = "full"
+    centre: bool = True
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ class MlaAttention(ConvertedAttention):
     """DeepSeek's attention: a latent for position-free keys and values, and one rotary key shared by all heads.
 
     What is cached is the latent and the rotary key, already turned. The rotary pairs turn at chosen frequencies of the
-    source's own rotary module (`rope_frequencies`), so every kind of RoPE scaling is the model's own.
+    source's own rotary module (`rope_frequencies`), so every kind of RoPE scaling is the model's own. With QK-norm one scale
+    a kv head is cached too, see `mapping.mla`.
     """
 
     def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
@@ -220,7 +221,17 @@ class MlaAttention(ConvertedAttention):
         q_proj, o_proj = self._source_queries(source, family, self.geometry), getattr(source, family.o_proj)
         width, heads, d = q_proj.in_features, self.num_heads, self.head_dim
         self._q_proj, self._o_proj = family.q_proj, family.o_proj
-        queries = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
+        self.normalized = family.k_norm is not None
+        if family.k_norm is not None and family.q_norm is not None:
+            queries = q_proj
+            self._q_norm, self._k_norm = family.q_norm, family.k_norm
+            self.add_module(self._q_norm, getattr(source, family.q_norm))
+            self.add_module(self._k_norm, getattr(source, family.k_norm))
+            self.k_proj = getattr(source, family.k_proj)
+            self.q_rope = nn.Linear(d, self.num_kv_heads * rope_width, bias=False)
+            self.k_constant = nn.Parameter(torch.zeros(self.num_kv_heads * d))
+        else:
+            queries = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + rope_width, bias=config.k_bias)
         self.kv_b_proj = nn.Linear(self.rank, heads * 2 * d, bias=False)
         self.add_module(self._q_proj, queries)
@@ -239,30 +250,65 @@ class MlaAttention(ConvertedAttention):
         batch, num_queries, _ = hidden_states.shape
         d = self.head_dim
         cos, sin = (part[..., self.frequencies].repeat(1, 1, 2) for part in position_embeddings)
-        queries = (
-            getattr(self, self._q_proj)(hidden_states).view(batch, num_queries, self.num_heads, -1).transpose(1, 2)
-        )
-        free = queries[..., :d] * self.position_free_scale
-        rotary = rotate(queries[..., d:], cos, sin)
+        free, rotary = self._queries(hidden_states)
+        free, rotary = free * self.position_free_scale, rotate(rotary, cos, sin)
         cached = self.kv_a_proj_with_mqa(hidden_states)
         turned = rotate(cached[:, None, :, self.rank :], cos, sin)[:, 0]
-        cached = torch.cat([cached[..., : self.rank], turned], dim=-1)
+        cached = torch.cat([cached[..., : self.rank], turned, *self._key_scales(hidden_states)], dim=-1)
         if cache is not None:
             cached = cache.append_latent(cached, self.layer_idx)
-        latent, rotary_key = cached[..., : self.rank], cached[..., self.rank :]
+        latent, rotary_key, scales = cached.split(
+            [self.rank, turned.shape[-1], cached.shape[-1] - self.rank - turned.shape[-1]], dim=-1
+        )
         up = self.kv_b_proj.weight.view(self.num_heads, 2 * d, self.rank)
 
         # Per cached token and head: rebuilding costs 2d R, then 2d + 2P for each query; absorbed, 2R + 2P for each query.
         if num_queries * 2 * self.rank < 2 * d * self.rank + num_queries * 2 * d and self._may_absorb():
             scores = (free @ up[:, :d]) @ latent[:, None].transpose(-1, -2)
-            scores = (scores + rotary @ rotary_key[:, None].transpose(-1, -2)) * self.scaling
+            scores = scores + rotary @ rotary_key[:, None].transpose(-1, -2)
+            if self.normalized:
+                scores = (scores + free @ self._per_head(self.k_constant.view(1, -1, d, 1))) * self._per_head(
+                    scales.transpose(1, 2)[:, :, None]
+                )
+            scores = scores * self.scaling
             context = self._weights(scores, attention_mask) @ latent[:, None]
             output, weights = (context @ up[:, d:].transpose(-1, -2)).transpose(1, 2), None
         else:
             rebuilt = self.kv_b_proj(latent).view(batch, latent.shape[1], self.num_heads, 2 * d).transpose(1, 2)
             shared = rotary_key[:, None].expand(-1, self.num_heads, -1, -1)
+            if self.normalized:
+                rebuilt = torch.cat(
+                    [rebuilt[..., :d] + self._per_head(self.k_constant.view(1, -1, 1, d)), rebuilt[..., d:]], -1
+                )
             keys = torch.cat([rebuilt[..., :d], shared], dim=-1)
+            if self.normalized:
+                keys = keys * self._per_head(scales.transpose(1, 2)[..., None])
             output, weights = self._attend(
                 torch.cat([free, rotary], dim=-1), keys, rebuilt[..., d:], attention_mask, **kwargs
             )
         return getattr(self, self._o_proj)(output.reshape(batch, num_queries, -1)), weights
+
+    def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free [b, n_h, q, d] and rotary [b, n_h, q, 2P] queries, neither turned yet."""
+        heads = (
+            getattr(self, self._q_proj)(hidden_states)
+            .view(*hidden_states.shape[:2], self.num_heads, -1)
+            .transpose(1, 2)
+        )
+        if not self.normalized:
+            return heads[..., : self.head_dim], heads[..., self.head_dim :]
+        heads = getattr(self, self._q_norm)(heads)
+        maps = self.q_rope.weight.view(self.num_kv_heads, -1, self.head_dim)
+        return heads, heads @ self._per_head(maps[None]).transpose(-1, -2)
+
+    def _key_scales(self, hidden_states: Tensor) -> list[Tensor]:
+        """1 / rms of every kv head's keys [b, tokens, g], none without QK-norm."""
+        if not self.normalized:
+            return []
+        keys = self.k_proj(hidden_states)
+        heads = keys.view(*keys.shape[:-1], self.num_kv_heads, self.head_dim).float()
+        return [(heads.square().mean(-1) + getattr(self, self._k_norm).variance_epsilon).rsqrt().to(keys.dtype)]
+
+    def _per_head(self, by_group: Tensor) -> Tensor:
+        """[b, g, ...] -> [b, n_h, ...]: the heads of a group share what is its kv head's."""
+        return by_group.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,19 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
+def rotary_module(config: dict[str, Any], path: str | None = None) -> nn.Module:
+    """The rotary embedding that a model of this config.json has, without its weights.
+
+    Args:
+        path: of the module; None asks the family.
+    """
+    text_config = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_config)
+    rotary = type(model.get_submodule(path or get_family(config).rotary))
+    return rotary(config=text_config)
+
+
 def rotary_frequencies(config: dict[str, Any]) -> Tensor:
     """Angles per position of a source's rotary pairs [F], as its own rotary module computes them (scaling included).
 
@@ -129,11 +142,8 @@ def rotary_frequencies(config: dict[str, Any]) -> Tensor:
         raise UnsupportedModelError(
             f"rope_type {kind!r} changes the frequencies with the length, so no rotary pair can be chosen for layout mla; choose --layout joint"
         )
-    family = get_family(config)
-    with torch.device("meta"):
-        rotary = type(AutoModelForCausalLM.from_config(text_config).get_submodule(family.rotary))
-    frequencies: Tensor = rotary(config=text_config).inv_freq.double()
-    head_dim = family.geometry(config).head_dim
+    frequencies = cast(Tensor, rotary_module(config).inv_freq).double()
+    head_dim = get_family(config).geometry(config).head_dim
     if 2 * len(frequencies) != head_dim:
         raise UnsupportedModelError(
             f"RoPE turns {2 * len(frequencies)} of {head_dim} head dimensions, which layout mla cannot express; choose --layout joint"

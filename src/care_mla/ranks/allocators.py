@@ -157,4 +157,4 @@ def allocate(
     """
     bounds = check_allocation(allocator, budget, min_rank=min_rank, max_rank=max_rank, multiple=multiple)
     by_block = ALLOCATORS[allocator]([[e.to(torch.float64) for e in block] for block in energies], budget, bounds)
-    return RankPlan(budget.layout, tuple(zip(*by_block, strict=True)), budget.qk_rope_head_dim)
+    return RankPlan(budget.layout, tuple(zip(*by_block, strict=True)), budget.qk_rope_head_dim, budget.key_scales)

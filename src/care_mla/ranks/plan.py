@@ -30,16 +30,18 @@ class RankPlan:
         layout: which latents a layer has.
         ranks: [layer][block], blocks in the order of `BLOCKS[layout]`.
         qk_rope_head_dim: width of the shared rotary key of every layer; layout mla alone has one.
+        key_scales: cached scales of normalized keys of every layer, one a kv head; layout mla of a source with QK-norm.
     """
 
     layout: Layout
     ranks: tuple[tuple[int, ...], ...]
     qk_rope_head_dim: int = 0
+    key_scales: int = 0
 
     @property
     def cached_widths(self) -> tuple[int, ...]:
         """Cached elements per token of each layer."""
-        return tuple(sum(layer) + self.qk_rope_head_dim for layer in self.ranks)
+        return tuple(sum(layer) + self.qk_rope_head_dim + self.key_scales for layer in self.ranks)
 
     @property
     def cache_elements_per_token(self) -> int:
@@ -53,7 +55,8 @@ class RankPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for manifests."""
         rope = {"qk_rope_head_dim": self.qk_rope_head_dim} if self.qk_rope_head_dim else {}
-        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks], **rope}
+        scales = {"key_scales": self.key_scales} if self.key_scales else {}
+        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks], **rope, **scales}
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,19 @@ class Budget:
 
     Attributes:
         elements: most cached elements per token that latents may take, all layers together.
-        qk_rope_head_dim: rotary key of every layer, already taken off.
+        qk_rope_head_dim, key_scales: of every layer, see `RankPlan`; already taken off.
     """
 
     geometry: Geometry
     layout: Layout
     elements: int
     qk_rope_head_dim: int = 0
+    key_scales: int = 0
 
     @property
     def kv_save(self) -> float:
         """Share of the original cache that is saved when all of it is spent."""
-        spent = self.elements + self.geometry.num_layers * self.qk_rope_head_dim
+        spent = self.elements + self.geometry.num_layers * (self.qk_rope_head_dim + self.key_scales)
         return 1.0 - spent / self.geometry.cache_elements_per_token
 
     @property
@@ -100,6 +104,7 @@ def make_budget(
     kv_save: float | None = None,
     cache_elements: int | None = None,
     qk_rope_head_dim: int = 0,
+    key_scales: int = 0,
 ) -> Budget:
     """Turn one of the three ways to name a budget into cached elements per token.
 
@@ -107,7 +112,7 @@ def make_budget(
         rank: the paper's r, for K and for V; a joint latent gets 2r.
         kv_save: share of the cache to save, in [0, 1).
         cache_elements: cached elements per token, all layers together.
-        qk_rope_head_dim: rotary key of every layer, paid for out of the budget; layout mla.
+        qk_rope_head_dim, key_scales: of every layer, paid for out of the budget; layout mla.
 
     Raises:
         RankError: none or several given, or out of range.
@@ -130,11 +135,11 @@ def make_budget(
     else:
         assert cache_elements is not None
         elements = cache_elements
-    rope = layers * qk_rope_head_dim
+    rope = layers * (qk_rope_head_dim + key_scales)
     least, most = rope + len(BLOCKS[layout]) * layers, rope + full
     if not least <= elements <= most:
-        beside = f" beside a rotary key of {qk_rope_head_dim} in each (--qk-rope-head-dim)" if rope else ""
+        beside = f" beside a rotary key of {qk_rope_head_dim + key_scales} in each (--qk-rope-head-dim)" if rope else ""
         raise RankError(
             f"a budget of {elements} cached elements per token is outside {least}..{most} ({layers} layers, rank 1 to KV parity{beside})"
         )
-    return Budget(geometry, layout, elements - rope, qk_rope_head_dim)
+    return Budget(geometry, layout, elements - rope, qk_rope_head_dim, key_scales)

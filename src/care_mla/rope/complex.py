@@ -18,25 +18,28 @@ def half_split_heads(x: Float[Tensor, "*batch n"], head_dim: int) -> Complex[Ten
     return torch.complex(heads[..., 0, :], heads[..., 1, :])
 
 
-def complex_moment(moment: Float[Tensor, "n n"], head_dim: int) -> Complex[Tensor, "F g g"]:
-    """E[z z^H] of every frequency from the real second moment of the stacked heads.
+def complex_moment(moment: Float[Tensor, "n n"], head_dim: int, fold: int = 1) -> Complex[Tensor, "folds k k"]:
+    """E[z z^H] of every fold of adjacent frequencies from the real second moment of the stacked heads.
 
-    The part that a complex-linear map cannot use (E[z z^T]) is dropped.
+    The vector of a fold holds its frequencies' heads, frequency by frequency: k = fold * g. The part that a complex-linear
+    map cannot use (E[z z^T]) is dropped.
     """
-    heads = len(moment) // head_dim
-    pairs = moment.reshape(heads, 2, head_dim // 2, heads, 2, head_dim // 2)
-    same = torch.einsum("ghfklf->fgkhl", pairs)  # [F, g, g, 2, 2]
+    heads, folds = len(moment) // head_dim, head_dim // 2 // fold
+    pairs = moment.reshape(heads, 2, folds, fold, heads, 2, folds, fold)
+    same = torch.einsum("hafmkbfn->fmhnkab", pairs)
+    same = same.reshape(folds, fold * heads, fold * heads, 2, 2)
     return torch.complex(same[..., 0, 0] + same[..., 1, 1], same[..., 1, 0] - same[..., 0, 1])
 
 
-def real_map(maps: Complex[Tensor, "F g g"]) -> Float[Tensor, "n n"]:
-    """The real matrix on stacked half-split heads that multiplies every frequency's vector by its complex matrix."""
-    num_frequencies, heads, _ = maps.shape
+def real_map(maps: Complex[Tensor, "folds k k"], heads: int) -> Float[Tensor, "n n"]:
+    """The real matrix on stacked half-split heads that multiplies every fold's vector by its complex matrix."""
+    folds, fold = len(maps), maps.shape[-1] // heads
     blocks = torch.stack(
         [torch.stack([maps.real, -maps.imag], -1), torch.stack([maps.imag, maps.real], -1)], -2
-    )  # [F, g, g, out, in]
-    diagonal = torch.zeros(heads, 2, num_frequencies, heads, 2, num_frequencies, dtype=maps.real.dtype)
-    index = torch.arange(num_frequencies)
-    diagonal[:, :, index, :, :, index] = blocks.permute(0, 1, 3, 2, 4)
-    width = heads * 2 * num_frequencies
+    )  # [folds, k, k, out, in]
+    blocks = blocks.reshape(folds, fold, heads, fold, heads, 2, 2)
+    diagonal = torch.zeros(heads, 2, folds, fold, heads, 2, folds, fold, dtype=maps.real.dtype)
+    index = torch.arange(folds)
+    diagonal[:, :, index, :, :, :, index, :] = blocks.permute(0, 2, 5, 1, 4, 6, 3)
+    width = heads * 2 * folds * fold
     return diagonal.reshape(width, width)

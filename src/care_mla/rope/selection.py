@@ -17,17 +17,17 @@ RopeMode = Literal["free", "stock", "transmla"]
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of the keys of every frequency.
+    """Principal components of the keys of every fold of adjacent frequencies (FreqFold; mostly one frequency each), k = M g.
 
     Attributes:
-        energies: [F, g], descending: what dropping a component costs under the metric.
-        encoder: [F, g, g]; row c reads component c out of z (w = A z).
-        decoder: [F, g, g]; column c writes it back (z = B w). B A = I.
+        energies: [folds, k], descending: what dropping a component costs under the metric.
+        encoder: [folds, k, k]; row c reads component c out of z (w = A z).
+        decoder: [folds, k, k]; column c writes it back (z = B w). B A = I.
     """
 
-    energies: Float[Tensor, "F g"]
-    encoder: Complex[Tensor, "F g g"]
-    decoder: Complex[Tensor, "F g g"]
+    energies: Float[Tensor, "folds k"]
+    encoder: Complex[Tensor, "folds k k"]
+    decoder: Complex[Tensor, "folds k k"]
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,26 @@ class RotarySelection:
     """What stays rotary in one layer.
 
     Attributes:
-        frequencies: [P] index into the source's frequencies of every rotary pair.
-        encoder: [P, g] reads the shared rotary key out of z of that frequency.
-        decoder: [P, g] writes it back: a query of head group h meets pair p as conj(decoder[p, h]) q.
+        frequencies: [P] index into the source's frequencies at which every rotary pair turns.
+        sources: [P, M] index of the frequencies that a pair is mixed of; M = 1 and the same, but for FreqFold.
+        encoder: [P, M, g] reads the shared rotary key out of z of those frequencies.
+        decoder: [P, M, g] writes it back: a query of head group h meets pair p as sum_m conj(decoder[p, m, h]) q_m.
         rest: [n, n] real; the position-free part of the stacked keys is rest @ k.
     """
 
     frequencies: Int[Tensor, "P"]
-    encoder: Complex[Tensor, "P g"]
-    decoder: Complex[Tensor, "P g"]
+    sources: Int[Tensor, "P M"]
+    encoder: Complex[Tensor, "P M g"]
+    decoder: Complex[Tensor, "P M g"]
     rest: Float[Tensor, "n n"]
 
 
 def components(
-    second_moment: Complex[Tensor, "F g g"], metric: Complex[Tensor, "F g g"] | None = None, shrinkage: float = 0.02
+    second_moment: Complex[Tensor, "folds k k"],
+    metric: Complex[Tensor, "folds k k"] | None = None,
+    shrinkage: float = 0.02,
 ) -> Components:
-    """Eigenpairs of G^{1/2} M G^{1/2} frequency by frequency; the metric is shrunk toward its mean.
+    """Eigenpairs of G^{1/2} M G^{1/2} fold by fold; the metric is shrunk toward its mean.
 
     Any complex mix over the heads commutes with RoPE, so the basis may be chosen freely; TransMLA's real one is a special
     case (`transmla`: pass the real part).
@@ -81,7 +85,9 @@ def dropped_rotation(frequencies: Float[Tensor, "F"], context: int) -> Float[Ten
     return (2.0 - 2.0 * still).clamp_min(0.0)
 
 
-def select(parts: Components, cost: Float[Tensor, "F"], num_pairs: int, mode: RopeMode = "free") -> RotarySelection:
+def select(
+    parts: Components, cost: Float[Tensor, "F"], num_pairs: int, num_kv_heads: int, mode: RopeMode = "free"
+) -> RotarySelection:
     """Choose the pairs that stay rotary.
 
     Args:
@@ -89,33 +95,42 @@ def select(parts: Components, cost: Float[Tensor, "F"], num_pairs: int, mode: Ro
         cost: [F] relative cost of not rotating a frequency, see `dropped_rotation`.
         num_pairs: P = qk_rope_head_dim / 2.
         mode: `free` keeps the pairs of largest energy x cost, whatever their frequencies; `stock` and `transmla` keep the
-            first component of every (F / P)-th frequency, which is what an engine generates from rope_theta.
+            first components of every fold, turned at every (F / P)-th frequency, which is what an engine generates from
+            rope_theta. With folds of several frequencies that is an approximation, TransMLA's FreqFold.
 
     Raises:
-        RankError: more pairs than there are, or a number that does not divide the frequencies.
+        RankError: more pairs than there are, or a number that does not divide the frequencies or leaves a fold without one.
     """
-    num_frequencies, heads = parts.energies.shape
-    price = parts.energies * cost[:, None]
+    (folds, width), num_frequencies = parts.energies.shape, len(cost)
+    fold = num_frequencies // folds
+    kept = torch.zeros(folds, width, dtype=torch.bool)
     if mode == "free":
+        price = parts.energies * cost[:, None]
         if not 0 <= num_pairs <= price.numel():
             raise RankError(f"--qk-rope-head-dim {2 * num_pairs} is outside 0..{2 * price.numel()} (all keys rotary)")
-        kept = torch.zeros(price.numel(), dtype=torch.bool)
-        kept[price.flatten().argsort(descending=True, stable=True)[:num_pairs]] = True
-        kept = kept.view_as(price)
+        kept.view(-1)[price.flatten().argsort(descending=True, stable=True)[:num_pairs]] = True
+        frequencies = kept.nonzero()[:, 0]
     else:
         if num_pairs < 1 or num_frequencies % num_pairs:
             raise RankError(
                 f"--qk-rope-head-dim {2 * num_pairs}: stock frequencies need a divisor of the head width {2 * num_frequencies}"
             )
-        kept = torch.zeros(num_frequencies, heads, dtype=torch.bool)
-        kept[:: num_frequencies // num_pairs, 0] = True
+        step = num_frequencies // num_pairs
+        if fold > 1 and fold % step:
+            raise RankError(
+                f"--freq-fold {fold} must be a multiple of {step}: a fold without a rotary pair would stand still"
+            )
+        first = torch.arange(0, num_frequencies, step)
+        kept[first // fold, first % fold // step] = True
+        frequencies = first
     dropped = torch.diag_embed((~kept).to(parts.encoder.dtype))
-    frequency, component = kept.nonzero().unbind(1)
+    index, component = kept.nonzero().unbind(1)
     return RotarySelection(
-        frequencies=frequency,
-        encoder=parts.encoder[frequency, component],
-        decoder=parts.decoder[frequency, :, component],
-        rest=real_map(parts.decoder @ dropped @ parts.encoder),
+        frequencies=frequencies,
+        sources=index[:, None] * fold + torch.arange(fold),
+        encoder=parts.encoder[index, component].view(-1, fold, num_kv_heads),
+        decoder=parts.decoder[index, :, component].view(-1, fold, num_kv_heads),
+        rest=real_map(parts.decoder @ dropped @ parts.encoder, num_kv_heads),
     )
 
 
@@ -128,7 +143,8 @@ def predicted_rotation_loss(
     """Loss increase of dropping the rotations of one layer, in nats per token, to second order.
 
     A component w that stands still where it should turn by an angle is off by w (exp(i angle) - 1); angles of a context are
-    taken as independent of the gradient's phase, which halves E[Re(conj(g) e)^2] to E|g|^2 E|e|^2 / 2.
+    taken as independent of the gradient's phase, which halves E[Re(conj(g) e)^2] to E|g|^2 E|e|^2 / 2. What FreqFold turns at a
+    neighbouring frequency is not counted.
 
     Args:
         cost: from `dropped_rotation`.

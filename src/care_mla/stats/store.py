@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +38,11 @@ class LayerStatistics:
     def carrying(self, B: Tensor) -> LayerStatistics:
         """The statistics of B y, where a latent carries only that part of the outputs."""
         return LayerStatistics(self.moments.carrying(B), None if self.fisher is None else self.fisher.carrying(B))
+
+    def rescaled(self, scale: Tensor) -> LayerStatistics:
+        """The statistics of diag(scale) y, gradients included."""
+        moments = self.moments.carrying(torch.diag(scale))
+        return LayerStatistics(moments, None if self.fisher is None else self.fisher.rescaled(scale))
 
 
 class StatisticsWriter:
