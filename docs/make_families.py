@@ -6,6 +6,7 @@ from pathlib import Path
 
 from care_mla.families import BUILT_IN, FamilySpec
 from care_mla.mapping import EXPRESSES, REFUSES
+from care_mla.mapping.deepseek import EXPRESSES as EXPORTED
 from care_mla.ranks.plan import Layout
 
 LAYOUTS: tuple[Layout, ...] = ("split", "joint", "mla")
@@ -117,7 +118,7 @@ def _layout(spec: FamilySpec, layout: Layout) -> str:
 
 
 def _no_export(spec: FamilySpec) -> str:
-    lost = [feature for feature in spec.features({}) if feature not in EXPRESSES["mla"]]
+    lost = [feature for feature in spec.features({}) if feature not in EXPORTED["transformers"]]
     return ", ".join(lost) if lost else "its decoder block differs outside the attention"
 
 
