@@ -41,6 +41,8 @@ from care_mla.mapping import (
     split_blocks,
 )
 from care_mla.mapping.deepseek import (
+    EMBEDDING,
+    REQUIRED,
     Engine,
     attention_tensors,
     deepseek_config,
@@ -666,8 +668,8 @@ def plan_uniform(
         require_expressible(family, config, layout)
         for share in kv_save:
             budget = make_budget(geometry, layout, kv_save=share)
-            latents = (int(budget.nominal_rank),) * budget.num_blocks
-            plans.append(RankPlan(layout, (latents,) * geometry.num_layers))
+            unknown = [[torch.zeros(0)] * geometry.num_layers] * budget.num_blocks  # equal ranks ask for no energies
+            plans.append(allocate("uniform", unknown, budget))
     return plans
 
 
@@ -800,8 +802,7 @@ def convert(
     out = Path(out)
     require_writable(out, overwrite)
     opened = open_source(source)
-    if out.resolve() in (opened.directory.resolve(), *opened.directory.resolve().parents):
-        raise ConfigError(f"--out {out} would replace the source {opened.directory}; choose another directory")
+    _require_elsewhere(out, opened.directory)
     options = _require_recipe(opened, chosen)
     statistics = _open_statistics(opened, stats) if stats is not None else None
 
@@ -854,6 +855,12 @@ def convert(
         write_json(staging / MANIFEST, manifest)
         write_report(staging)
     return manifest
+
+
+def _require_elsewhere(out: Path, source: Path) -> None:
+    """Refuse to replace what is read."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"--out {out} would replace the source {source}; choose another directory")
 
 
 def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
@@ -945,22 +952,23 @@ def _layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: Rank
         carried=carried,
     )
     predicted: float | None = None
-    rotation = 0.0
+    rotation: dict[str, float] = {}
     if collected.fisher is not None:
         predicted = predicted_loss_increase(factors, collected, layout=plan.layout, mean=mean, carried=carried)
         if spectra.rotation_cost is not None:
             keys = split_blocks("split", len(collected.fisher.output_sum) // 2)[0]
             curvature = collected.fisher.curvature(collected.moments.second_moment)[keys, keys]
             moment = collected.fisher.second_moment[keys, keys]
-            rotation = predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
-            predicted += rotation
+            lost = predicted_rotation_loss(spectra.selections[layer], spectra.rotation_cost, curvature, moment)
+            rotation = {"predicted_rotation_loss": lost}
+            predicted += lost
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,
         "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
         "relative_error": {"k": k_error, "v": v_error},
         "predicted_loss_increase": predicted,
-        "predicted_rotation_loss": rotation,
+        **rotation,
     }
 
 
@@ -997,6 +1005,7 @@ def export(
         raise ConfigError(f"unknown --engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
     directory, out = Path(converted), Path(out)
     require_writable(out, overwrite)
+    _require_elsewhere(out, directory)
     reader = CheckpointReader(directory)
     plan = _ExportPlan.make(reader.config, str(directory), target, cast(Engine, engine), kv_lora_rank)
     with atomic_directory(out, overwrite=overwrite, needed_bytes=reader.num_bytes) as staging:
@@ -1022,13 +1031,13 @@ class _ExportPlan:
     def make(
         cls, config: dict[str, Any], name: str, target: str, engine: Engine, kv_lora_rank: int | None
     ) -> _ExportPlan:
-        from care_mla.modeling import matching_rotation, rope_parameters
+        from care_mla.modeling import complete_config, matching_rotation
 
         if config.get("layout") != "mla":
             raise CheckpointError(
                 f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
             )
-        source = config["text_config"]
+        source = complete_config(config["text_config"])
         family = get_family(source)
         geometry = family.geometry(source)
         if target not in family.exports:
@@ -1041,7 +1050,6 @@ class _ExportPlan:
         query_bias = "qkv bias" in family.features(source)
         exported = deepseek_config(
             source,
-            rope_parameters=rope_parameters(source),
             kv_lora_rank=padded_rank(ranks, 2 * len(frequencies[0]), engine, kv_lora_rank),
             qk_rope_head_dim=2 * len(frequencies[0]),
             num_heads=geometry.num_heads,
@@ -1075,20 +1083,20 @@ def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, 
     writer = ShardedWriter(directory)
     layers = [f"{plan.family.attention_name(layer)}." for layer in range(plan.geometry.num_layers)]
     for attention in track(layers, "Writing layers", len(layers)):
-        names = [name for name in reader.names if name.startswith(prefix + attention)]
-        tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in names})
+        names = {name for name in reader.names if name.startswith(prefix + attention)}
+        names |= {f"{prefix}{attention}{required}" for required in REQUIRED}
+        tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in sorted(names)})
         for name, tensor in tensors.items():
             _require_shape(expected, attention + name, tensor)
             writer.add(attention + name, tensor.to(dtype))
-    embedding = next(name for name in reader.names if name.endswith("embed_tokens.weight"))
     for name in (name for name in reader.names if not name.startswith(tuple(prefix + layer for layer in layers))):
         own, tensor = name.removeprefix(prefix), reader[name]
-        if name == embedding and f"{prefix}lm_head.weight" not in reader:
+        if own == EMBEDDING and f"{prefix}lm_head.weight" not in reader:
             writer.add("lm_head.weight", tensor.clone())
             expected.pop("lm_head.weight")
-        if scale != 1.0 and own.endswith(
-            ("embed_tokens.weight", "mlp.down_proj.weight")
-        ):  # what writes the residual stream
+        if scale != 1.0 and (
+            own == EMBEDDING or own.endswith("mlp.down_proj.weight")
+        ):  # they write the residual stream
             tensor = (tensor.double() * scale).to(tensor.dtype)
         _require_shape(expected, own, tensor)
         writer.add(own, tensor)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import care_mla
 from care_mla.errors import CheckpointError, ConfigError, RankError, UnsupportedModelError
@@ -187,3 +187,32 @@ def test_refusals_name_the_reason(tiny: Callable[..., Path], tmp_path: Path, tex
     with pytest.raises(UnsupportedModelError, match="does not fit the stock class"):
         care_mla.export(biased, out)
     assert not out.exists() and not list(tmp_path.glob(".stock*"))
+
+
+@torch.no_grad()
+def test_config_entries_left_to_their_defaults(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """config.json of old checkpoints omits what the class fills in."""
+    source = tiny("llama", rms_norm_eps=1e-6)
+    path = source / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: v for k, v in whole.items() if k not in ("rms_norm_eps", "hidden_act", "rope_parameters")})
+    )
+    converted = _convert(source, tmp_path / "mla", text_file, kv_save=0.5, qk_rope_head_dim=16)
+    care_mla.export(converted, tmp_path / "stock")
+    torch.testing.assert_close(
+        care_mla.load(tmp_path / "stock")(IDS).logits, care_mla.load(converted)(IDS).logits, atol=1e-4, rtol=0
+    )
+
+
+def test_broken_checkpoints_are_refused(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    converted = _convert(tiny("llama"), tmp_path / "mla", text_file, kv_save=0.5, qk_rope_head_dim=16)
+    with pytest.raises(ConfigError, match="would replace the source"):
+        care_mla.export(converted, converted, overwrite=True)
+    whole = load_file(converted / "model.safetensors")
+    for missing in ("model.layers.1.self_attn.kv_b_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        kept = {name: tensor for name, tensor in whole.items() if name != f"language_model.{missing}"}
+        save_file(kept, converted / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=missing):
+            care_mla.export(converted, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()

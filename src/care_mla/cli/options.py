@@ -20,7 +20,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         help="Text to calibrate on: alpaca, wikitext2, c4, ptb, a .txt/.json/.jsonl/.parquet file, `self` (sampled from the model), `copy` (random "
-        "strings said twice; a share of 0.2 keeps long-range copying), "
+        "strings said twice, which show how a model copies), "
         "or a mix such as alpaca:0.5,file.jsonl:0.5.  [default: self]",
     ),
 ]

@@ -36,6 +36,10 @@ EXPRESSES: dict[Engine, dict[str, str]] = {
 """By engine: features of a source (`FamilySpec.features`) that survive. vLLM's own model drops biases and turns every RoPE
 scaling into a variant of YaRN."""
 
+EMBEDDING = "model.embed_tokens.weight"
+REQUIRED = ("q_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight")
+"""What `attention_tensors` cannot do without."""
+
 NORM_EPS = 1e-6
 SHRUNK = 2.0**-40
 """Scale of rows in front of a norm that must not normalize: mean squares up to 1e9 stay below 1e-9 of eps, far from underflow."""
@@ -158,7 +162,6 @@ def attention_tensors(
 def deepseek_config(
     source: Mapping[str, Any],
     *,
-    rope_parameters: Mapping[str, Any],
     kv_lora_rank: int,
     qk_rope_head_dim: int,
     num_heads: int,
@@ -170,14 +173,14 @@ def deepseek_config(
     """config.json of the stock checkpoint.
 
     Args:
-        source: the source model's config.
-        rope_parameters: rope_type, rope_theta and what the type needs.
+        source: the source model's config, complete: entries that config.json may omit, and rope_parameters.
         query_bias: whether queries have a bias, which needs q_a_proj in front of them.
     """
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings",
         "initializer_range", "attention_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
+    rope_parameters = source["rope_parameters"]
     return {
         "model_type": "deepseek_v3",
         "architectures": ["DeepseekV3ForCausalLM"],

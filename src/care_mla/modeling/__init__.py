@@ -5,7 +5,7 @@ from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
-from care_mla.modeling.stock import matching_rotation, rope_parameters, stock_shapes
+from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 
 __all__ = [
     "CACHE_NAME",
@@ -15,11 +15,11 @@ __all__ = [
     "LatentAttention",
     "LatentCache",
     "cache_of",
+    "complete_config",
     "converted_config",
     "gguf_to_directory",
     "load",
     "matching_rotation",
-    "rope_parameters",
     "rotary_frequencies",
     "stock_shapes",
 ]

@@ -267,25 +267,21 @@ class MlaAttention(ConvertedAttention):
             scores = (free @ up[:, :d]) @ latent[:, None].transpose(-1, -2)
             scores = scores + rotary @ rotary_key[:, None].transpose(-1, -2)
             if self.normalized:
-                scores = (scores + free @ self._per_head(self.k_constant.view(1, -1, d, 1))) * self._per_head(
-                    scales.transpose(1, 2)[:, :, None]
-                )
+                scores = scores + free @ self._per_head(self.k_constant.view(1, -1, d, 1))
+                scores = scores * self._per_head(scales.transpose(1, 2)[:, :, None])
             scores = scores * self.scaling
             context = self._weights(scores, attention_mask) @ latent[:, None]
             output, weights = (context @ up[:, d:].transpose(-1, -2)).transpose(1, 2), None
         else:
             rebuilt = self.kv_b_proj(latent).view(batch, latent.shape[1], self.num_heads, 2 * d).transpose(1, 2)
+            position_free, values = rebuilt.split(d, dim=-1)
             shared = rotary_key[:, None].expand(-1, self.num_heads, -1, -1)
             if self.normalized:
-                rebuilt = torch.cat(
-                    [rebuilt[..., :d] + self._per_head(self.k_constant.view(1, -1, 1, d)), rebuilt[..., d:]], -1
-                )
-            keys = torch.cat([rebuilt[..., :d], shared], dim=-1)
-            if self.normalized:
-                keys = keys * self._per_head(scales.transpose(1, 2)[..., None])
-            output, weights = self._attend(
-                torch.cat([free, rotary], dim=-1), keys, rebuilt[..., d:], attention_mask, **kwargs
-            )
+                scale = self._per_head(scales.transpose(1, 2)[..., None])
+                position_free = (position_free + self._per_head(self.k_constant.view(1, -1, 1, d))) * scale
+                shared = shared * scale
+            keys = torch.cat([position_free, shared], dim=-1)
+            output, weights = self._attend(torch.cat([free, rotary], dim=-1), keys, values, attention_mask, **kwargs)
         return getattr(self, self._o_proj)(output.reshape(batch, num_queries, -1)), weights
 
     def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,14 +134,8 @@ def rotary_frequencies(config: dict[str, Any]) -> Tensor:
         config: the source's config.json.
 
     Raises:
-        UnsupportedModelError: frequencies that depend on the length, or that cover a part of the head only.
+        UnsupportedModelError: frequencies that cover a part of the head only.
     """
-    text_config = AutoConfig.for_model(**config)
-    kind = (text_config.rope_parameters or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"rope_type {kind!r} changes the frequencies with the length, so no rotary pair can be chosen for layout mla; choose --layout joint"
-        )
     frequencies = cast(Tensor, rotary_module(config).inv_freq).double()
     head_dim = get_family(config).geometry(config).head_dim
     if 2 * len(frequencies) != head_dim:

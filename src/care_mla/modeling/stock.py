@@ -12,9 +12,10 @@ from care_mla.errors import UnsupportedModelError
 from care_mla.modeling.model import rotary_module
 
 
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and what the type needs, whichever way config.json writes them."""
-    return dict(AutoConfig.for_model(**config).rope_parameters)
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what it omits and the family's class fills in; RoPE under `rope_parameters`, however it was written."""
+    complete: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    return complete
 
 
 def stock_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
