@@ -1,0 +1,42 @@
+"""The stages, and the only place where they meet. Every stage reads and writes saved artifacts.
+
+A file a stage: what it does is public here, what the stages share is in `source`, `artifacts`, `spectra` and `planning`.
+"""
+
+from care_mla.pipeline.artifacts import EVALUATION, EXPORT, MANIFEST, REPORT, SPECTRA, versions, write_json
+from care_mla.pipeline.conversion import convert
+from care_mla.pipeline.evaluation import evaluate, write_report
+from care_mla.pipeline.exporting import EXPORT_TARGETS, export
+from care_mla.pipeline.fetching import KNOWN_MODELS, fetch
+from care_mla.pipeline.inspection import Inspection, inspect
+from care_mla.pipeline.planning import RankForecast, plan_ranks, plan_uniform, plot_forecasts, require_plot
+from care_mla.pipeline.source import Source, open_source, require_expressible
+from care_mla.pipeline.statistics import calibrate
+
+__all__ = [
+    "EVALUATION",
+    "EXPORT",
+    "EXPORT_TARGETS",
+    "KNOWN_MODELS",
+    "MANIFEST",
+    "REPORT",
+    "SPECTRA",
+    "Inspection",
+    "RankForecast",
+    "Source",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "export",
+    "fetch",
+    "inspect",
+    "open_source",
+    "plan_ranks",
+    "plan_uniform",
+    "plot_forecasts",
+    "require_expressible",
+    "require_plot",
+    "versions",
+    "write_json",
+    "write_report",
+]

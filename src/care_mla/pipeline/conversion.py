@@ -1,0 +1,236 @@
+"""Conversion: statistics and a recipe become a checkpoint, a manifest and a report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from care_mla.checkpoint import ShardedWriter, atomic_directory, copy_side_files
+from care_mla.checkpoint.writer import require_writable
+from care_mla.config import CalibrationSettings, Recipe
+from care_mla.errors import ConfigError
+from care_mla.families.spec import Projection
+from care_mla.linalg import Factors
+from care_mla.mapping import AttentionWeights, dense_projections, latent_tensors, mla_tensors
+from care_mla.methods import get_method
+from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, versions, write_json
+from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.planning import rank_plan, require_recipe, settle
+from care_mla.pipeline.source import Source, open_source, require_elsewhere
+from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
+from care_mla.pipeline.statistics import open_statistics, write_statistics
+from care_mla.progress import Track, silent
+from care_mla.ranks import RankPlan
+from care_mla.stats import StatisticsStore
+
+if TYPE_CHECKING:
+    from care_mla.calibration import Propagation
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    stats: str | Path | None = None,
+    calibration: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    track: Track = silent,
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint to the latent layout.
+
+    Args:
+        source: model directory or hub id.
+        out: directory of the converted model; appears whole or not at all.
+        stats: STATS directory of `calibrate`; without it, the source is calibrated first as `calibration` says.
+        calibration: fields of `CalibrationSettings`.
+        recipe: fields of `Recipe`.
+
+    Returns:
+        The manifest, as saved in `out`.
+
+    Raises:
+        ConversionError: nothing is left at `out` then.
+    """
+    chosen: Recipe = Recipe.make(**recipe)
+    if stats is not None and calibration:
+        raise ConfigError(
+            "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
+        )
+    method = get_method(chosen.method)
+    settings: CalibrationSettings = CalibrationSettings.make(
+        **{"inputs": method.needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
+    )
+    out = Path(out)
+    require_writable(out, overwrite)
+    opened = open_source(source)
+    require_elsewhere(out, opened.directory)
+    options = require_recipe(opened, chosen)
+    statistics = open_statistics(opened, stats) if stats is not None else None
+
+    with (
+        atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
+        _workspace(staging) as work,
+    ):
+        if statistics is None:
+            write_statistics(opened, work, settings, device=device, dtype="auto", track=track)
+            statistics = StatisticsStore(work)
+        chosen, budget, rotary_widths = settle(opened, statistics, options, track)
+        spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
+        plan = rank_plan(spectra, budget, chosen)
+        propagation = _propagation(opened, statistics, chosen, device) if chosen.refit else None
+        writer = _CheckpointBuilder(opened, chosen, plan, staging)
+        layers = []
+        title = "Refitting and writing layers" if chosen.refit else "Writing layers"
+        for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
+            factors = spectra.factors(layer, plan.ranks[layer])
+            tensors = converted_tensors(opened, layer, factors, spectra)
+            record = layer_record(spectra, statistics, plan, layer)
+            if propagation is not None:
+                refitted = propagation.refit(layer, dense_projections(tensors))
+                tensors["o_proj.weight"] = refitted.weight
+                record["output_error"] = {"before": refitted.error_before, "after": refitted.error_after}
+            writer.add_layer(layer, tensors)
+            layers.append(record)
+        writer.finish([s.frequencies.tolist() for s in spectra.selections] or None)
+        save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
+        manifest = {
+            "format": "care-mla manifest 1",
+            "source": {
+                "name": opened.name,
+                "fingerprint": opened.reader.fingerprint,
+                "model_type": opened.family.model_type,
+                "geometry": opened.geometry.to_dict(),
+            },
+            "recipe": chosen.model_dump(),
+            "plan": plan.to_dict(),
+            "cache_elements_per_token": plan.cache_elements_per_token,
+            "source_cache_elements_per_token": opened.geometry.cache_elements_per_token,
+            "kv_save": plan.kv_save(opened.geometry),
+            "predicted_loss_increase": predicted_total(layers),
+            "predicted_by_rotary_width": {str(width): lost for width, lost in rotary_widths.items()},
+            "layers": layers,
+            "notes": spectra.notes,
+            "calibration": statistics.metadata,
+            "versions": versions(),
+        }
+        write_json(staging / MANIFEST, manifest)
+        write_report(staging)
+    return manifest
+
+
+def converted_tensors(
+    source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra
+) -> dict[str, Tensor]:
+    """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
+    mean, geometry = spectra.means[layer], source.geometry
+    parts: tuple[Projection, ...] = ("q", "k", "v", "o") if spectra.selections else ("q", "k", "v")
+    stored = {part: source.projection(layer, part) for part in parts}
+    if not spectra.selections:
+        tensors = latent_tensors(
+            factors,
+            source.stacked_weights(layer),
+            layout=spectra.layout,
+            k_bias=stored["k"][1],
+            v_bias=stored["v"][1],
+            mean=mean,
+        )
+        if source.family.qkv_proj is not None:
+            weight, bias = stored["q"]
+            tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
+        return tensors
+    q, k, v, o = (weight.double() for weight, _ in stored.values())
+    q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
+    return mla_tensors(
+        AttentionWeights(
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            q_bias=q_bias,
+            k_bias=k_bias,
+            v_bias=v_bias,
+            o_bias=o_bias,
+            k_norm=source.key_norm(layer),
+        ),
+        spectra.selections[layer],
+        factors[0],
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        mean=mean,
+    )
+
+
+def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
+    from care_mla.calibration import Propagation, TokenWindows
+    from care_mla.modeling import load
+
+    windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
+    return Propagation(load(source.directory, device=device), source.family, windows, ridge=recipe.refit_ridge)
+
+
+@contextmanager
+def _workspace(staging: Path) -> Iterator[Path]:
+    """A scratch directory on the target's disk, gone before the target is renamed."""
+    with tempfile.TemporaryDirectory(prefix="work-", dir=staging) as directory:
+        yield Path(directory)
+
+
+class _CheckpointBuilder:
+    """Streams the converted checkpoint: all tensors but the key and value projections are copied one by one."""
+
+    def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
+        from care_mla.modeling import LANGUAGE_MODEL
+
+        self.source, self.plan, self.directory = source, plan, directory
+        self.prefix = f"{LANGUAGE_MODEL}."
+        family = source.family
+        self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        self.keep_dtypes = recipe.dtype == "auto"
+        self.writer = ShardedWriter(directory)
+        self.biases: set[str] = set()
+        self.replaced = {
+            f"{family.attention_name(layer)}.{family.stored(projection, source.geometry)[0]}.{kind}"
+            for layer in range(source.geometry.num_layers)
+            for projection in ("k", "v")
+            for kind in ("weight", "bias")
+        }
+
+    def add_layer(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """The converted projections of one layer, in place of the source's; q_proj and o_proj under the family's names."""
+        self.biases |= {name for name in tensors if name.endswith(".bias")}
+        family = self.source.family
+        attention, own_names = family.attention_name(layer), {"q_proj": family.q_proj, "o_proj": family.o_proj}
+        for canonical, tensor in tensors.items():
+            module, dot, kind = canonical.partition(".")
+            name = f"{own_names.get(module, module)}{dot}{kind}"
+            self.replaced.add(f"{attention}.{name}")
+            self.writer.add(f"{self.prefix}{attention}.{name}", tensor.to(self.dtype))
+
+    def finish(self, rope_frequencies: list[list[int]] | None) -> None:
+        """Everything that was not replaced, shards, index, config.json and what travels with a checkpoint."""
+        from care_mla.modeling import converted_config
+
+        for name in self.source.reader.names:
+            if name not in self.replaced:
+                tensor = self.source.reader[name]
+                kept = self.keep_dtypes or not tensor.is_floating_point()
+                self.writer.add(self.prefix + name, tensor if kept else tensor.to(self.dtype))
+        self.writer.finish()
+        config = converted_config(
+            self.source.reader.config,
+            self.plan,
+            biases=self.biases,
+            dtype=str(self.dtype).removeprefix("torch."),
+            rope_frequencies=rope_frequencies,
+        )
+        write_json(self.directory / "config.json", config)
+        copy_side_files(self.source.directory, self.directory)

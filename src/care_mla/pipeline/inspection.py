@@ -1,0 +1,82 @@
+"""What config.json alone tells of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from care_mla.checkpoint import resolve_source
+from care_mla.checkpoint.reader import read_json
+from care_mla.families import get_family
+from care_mla.geometry import Geometry
+from care_mla.mapping import (
+    EXPRESSES,
+    REFUSES,
+)
+from care_mla.ranks import make_budget
+from care_mla.ranks.plan import Layout
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One line of the cache table: `rank` is the paper's r (for K and for V)."""
+
+    kv_save: float
+    elements: int
+    rank: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What config.json alone tells of a source.
+
+    Attributes:
+        features: (feature, how this model has it, how layouts split and joint keep it, how mla does; or "no" and why).
+    """
+
+    architecture: str
+    geometry: Geometry
+    dtype: str
+    element_bytes: int
+    budgets: list[BudgetRow]
+    features: list[tuple[str, str, str, str]]
+
+
+def _no(feature: str, layout: Layout) -> str:
+    """What a layout says of a feature that it cannot express."""
+    return ": ".join(["no", REFUSES[layout].get(feature, "")]).removesuffix(": ")
+
+
+def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -> Inspection:
+    """Architecture, cache now and at the given savings, and the features that a conversion must keep.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, RankError
+    """
+    config = read_json(resolve_source(source, config_only=True) / "config.json")
+    family = get_family(config)
+    geometry = family.geometry(config)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    rows = []
+    for kv_save in (0.0, *budgets):
+        elements = make_budget(geometry, "joint", kv_save=kv_save).elements
+        rows.append(BudgetRow(kv_save, elements, elements / (2 * geometry.num_layers)))
+    return Inspection(
+        architecture=", ".join(config.get("architectures") or [family.model_type]),
+        geometry=geometry,
+        dtype=dtype,
+        element_bytes=getattr(torch, dtype).itemsize,
+        budgets=rows,
+        features=[
+            (
+                name,
+                how,
+                EXPRESSES["joint"].get(name) or _no(name, "joint"),
+                EXPRESSES["mla"].get(name) or _no(name, "mla"),
+            )
+            for name, how in family.features(config).items()
+        ],
+    )

@@ -1,0 +1,106 @@
+"""A model on disk that can be converted, its weights not yet read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_mla.checkpoint import CheckpointReader, resolve_source
+from care_mla.checkpoint.reader import read_json
+from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
+from care_mla.families import FamilySpec, get_family
+from care_mla.families.spec import Projection
+from care_mla.geometry import Geometry
+from care_mla.mapping import (
+    EXPRESSES,
+    REFUSES,
+)
+from care_mla.ranks.plan import Layout
+
+SMALLEST_NORM_WEIGHT = 1e-6
+"""Weights of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, its weights not yet read."""
+
+    name: str
+    directory: Path
+    reader: CheckpointReader
+    family: FamilySpec
+    geometry: Geometry
+
+    def projection(self, layer: int, projection: Projection) -> tuple[Tensor, Tensor | None]:
+        """Weight [n, D] ([D, n] of o) and bias (or None) of a projection, as stored."""
+        module, rows = self.family.stored(projection, self.geometry)
+        prefix = f"{self.family.attention_name(layer)}.{module}"
+        whole, bias = self.reader[f"{prefix}.weight"], self.reader.get(f"{prefix}.bias")
+        weight = whole[rows]
+        queries = self.geometry.num_heads * self.geometry.head_dim
+        n, hidden = (self.geometry.kv_width if projection in ("k", "v") else queries), self.geometry.hidden_size
+        if weight.shape != ((hidden, n) if projection == "o" else (n, hidden)) or (rows.stop or 0) > len(whole):
+            raise CheckpointError(
+                f"{prefix}.weight has shape {tuple(whole.shape)}, config.json asks for {n} outputs of {projection} in it and hidden size {hidden}"
+            )
+        return weight, None if bias is None else bias[rows]
+
+    def stacked_weights(self, layer: int) -> Tensor:
+        """W = [W_K ; W_V], [2n, D] float64."""
+        return torch.cat([self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()])
+
+    def key_norm(self, layer: int) -> Tensor | None:
+        """Weight [d] of the keys' norm, float64; None without QK-norm. Norms that add one to it (Gemma) are refused in layout mla."""
+        if self.family.k_norm is None:
+            return None
+        return self.reader[f"{self.family.attention_name(layer)}.{self.family.k_norm}.weight"].double()
+
+    def output_scale(self, layer: int, layout: Layout) -> Tensor | None:
+        """diag of S where a layer's latent carries S [k ; v]: layout mla folds the keys' norm weight into them."""
+        weight = self.key_norm(layer) if layout == "mla" else None
+        if weight is None:
+            return None
+        keys = weight.repeat(self.geometry.num_kv_heads)
+        return torch.cat(
+            [torch.where(keys.abs() < SMALLEST_NORM_WEIGHT, SMALLEST_NORM_WEIGHT, keys), torch.ones_like(keys)]
+        )
+
+
+def open_source(source: str | Path) -> Source:
+    """Resolve SOURCE and check, without reading weights, that it can be converted.
+
+    Raises:
+        CheckpointError, UnsupportedModelError
+    """
+    directory = resolve_source(source)
+    config = read_json(directory / "config.json")
+    family = get_family(config)
+    require_expressible(family, config)
+    return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
+
+
+def require_expressible(family: FamilySpec, config: dict[str, Any], layout: Layout = "joint") -> None:
+    """Refuse a source with a feature that a layout would drop.
+
+    Raises:
+        UnsupportedModelError
+    """
+    lost = [feature for feature in family.features(config) if feature not in EXPRESSES[layout]]
+    if lost:
+        able = [name for name, kept in EXPRESSES.items() if set(lost) <= set(kept)]
+        hint = f"; choose --layout {' or '.join(able)}" if able else ""
+        because = "; ".join(REFUSES[layout][feature] for feature in lost if feature in REFUSES[layout])
+        raise UnsupportedModelError(
+            f"this {family.model_type} model has {', '.join(lost)}, which layout {layout} cannot express{hint}"
+            + (f" ({because})" if because else "")
+        )
+
+
+def require_elsewhere(out: Path, source: Path) -> None:
+    """Refuse to replace what is read."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"--out {out} would replace the source {source}; choose another directory")
