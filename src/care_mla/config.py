@@ -12,6 +12,8 @@ from care_mla.ranks.plan import Layout
 from care_mla.rope import RopeMode
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Trained = Literal["kv", "attention", "all"]
+"""Which weights healing trains: the factors of keys and values, whole attentions, or everything."""
 
 
 LOW_BUDGET_FROM = 0.65
@@ -119,3 +121,79 @@ class Recipe(Settings):
         """The part that the methods take; of a recipe from `at`."""
         assert self.fisher_exponent is not None
         return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling, self.centre)
+
+
+REFERENCE_WIDTH = 576
+"""Hidden size at which the default learning rates were measured (docs/healing.md)."""
+
+
+class HealSettings(Settings):
+    """How a converted model is trained back toward its teacher.
+
+    Attributes:
+        data: SPEC of the training text, as for calibration.
+        field: field of records that holds the text.
+        tokens: budget; whole steps are taken.
+        seqlen: tokens of a block.
+        batch_size: blocks of one optimizer step, over all processes.
+        micro_batch_size: blocks of one forward pass of one process; None: its whole share of the step.
+        train: the factors of keys and values alone, whole attentions, or all weights.
+        lr: highest learning rate; None: see `default_lr`.
+        warmup: share of the steps in which it rises; it falls along a cosine to `lr_floor` of it.
+        weight_decay, clip, betas: of AdamW; largest norm of the gradient.
+        kl_weight, ce_weight, temperature: beta, weight of the cross entropy, and tau of L = CE + beta tau^2 KL (Eq. 6-8).
+        layerwise: what a first phase matches layer by layer: outputs of attentions, or hidden states.
+        layerwise_tokens: length of that phase, part of `tokens`.
+        teacher_top_k: keep this many of the teacher's probabilities per token on disk instead of running it again.
+        precision: of the products: bfloat16 (autocast; weights that train stay float32) or float32; auto: bfloat16 where the
+            device has it in hardware.
+        gradient_checkpointing: recompute layers in the backward pass: less memory, a third more time.
+        shard: shard parameters, gradients and optimizer over the processes (FSDP2); otherwise every process holds all.
+        seed: of what is held out, and of the order of blocks.
+        eval_blocks: blocks held out for evaluation.
+        eval_every: steps between evaluations, which also save the state; None: an eighth of the run.
+        patience: evaluations without progress after which the run stops; 0 never stops early.
+        max_skipped: steps with a non-finite loss or gradient before the run is given up.
+    """
+
+    data: str = "self"
+    field: str | None = None
+    tokens: int = Field(64_000, ge=1)
+    seqlen: int = Field(256, ge=8)
+    batch_size: int = Field(4, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    train: Trained = "kv"
+    lr: float | None = Field(None, gt=0.0)
+    warmup: float = Field(0.05, ge=0.0, lt=1.0)
+    lr_floor: float = Field(0.0, ge=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, gt=0.0)
+    kl_weight: float = Field(1.0, ge=0.0)
+    ce_weight: float = Field(0.0, ge=0.0)
+    temperature: float = Field(1.0, gt=0.0)
+    layerwise: Literal["attention", "hidden"] | None = None
+    layerwise_tokens: int = Field(0, ge=0)
+    teacher_top_k: int | None = Field(None, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    seed: int = 42
+    eval_blocks: int = Field(8, ge=1)
+    eval_every: int | None = Field(None, ge=1)
+    patience: int = Field(4, ge=0)
+    max_skipped: int = Field(8, ge=0)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the budget; at least one."""
+        return max(1, self.tokens // (self.batch_size * self.seqlen))
+
+    @property
+    def layerwise_steps(self) -> int:
+        """Steps of the layer-wise phase."""
+        return self.layerwise_tokens // (self.batch_size * self.seqlen) if self.layerwise else 0
+
+    def default_lr(self, hidden_size: int) -> float:
+        """Highest learning rate where none is given: Adam's steps shrink as 1 / width (muP, arXiv 2203.03466)."""
+        return {"kv": 1e-3, "attention": 5e-4, "all": 1e-4}[self.train] * REFERENCE_WIDTH / hidden_size

@@ -27,3 +27,7 @@ class NumericalError(ConversionError):
 
 class RankError(ConversionError):
     """A rank or cache budget out of range."""
+
+
+class HealingError(ConversionError):
+    """A training run that cannot start or cannot go on."""

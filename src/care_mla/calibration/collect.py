@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -252,6 +252,17 @@ def collect_fisher(
     return [tap.moments for tap in taps], [tap.fisher for tap in taps]
 
 
+def checkpoint_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    """Layers keep their inputs alone and are run again in the backward pass."""
+    # The name changed within transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = (
+            True  # the layer alone, so that it is checkpointed; its modules stay in evaluation, without dropout
+        )
+
+
 @contextmanager
 def _differentiable(model: PreTrainedModel, family: FamilySpec) -> Iterator[None]:
     """Frozen parameters, differentiable embeddings, checkpointed layers; everything as before afterwards."""
@@ -261,14 +272,8 @@ def _differentiable(model: PreTrainedModel, family: FamilySpec) -> Iterator[None
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
-    # The names changed within transformers 5.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    enable({"use_reentrant": False})
-    for layer in layers:
-        layer.training = (
-            True  # the layer alone, so that it is checkpointed; its modules stay in evaluation, without dropout
-        )
+    checkpoint_layers(model, layers)
     try:
         yield
     finally:

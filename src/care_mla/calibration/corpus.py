@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ HUB_CORPORA = {
     ),
 }
 MAX_DOCUMENTS = 5000
-"""Documents taken from a streamed corpus."""
+"""Documents taken from a streamed corpus for calibration or evaluation."""
 SELF = "self"
 COPY = "copy"
 """Random tokens said twice. Ordinary text hardly shows how a model copies, and what it does not show, a conversion drops."""
@@ -120,40 +121,53 @@ def _read_records(path: Path) -> list[Any]:
     raise CalibrationError(f"{path}: text files are .txt, .json, .jsonl or .parquet")
 
 
-def load_documents(name: str, *, field: str | None = None, evaluation: bool = False) -> list[str]:
-    """Documents of a local file or of a named hub corpus. A .txt file is one document.
+def stream_documents(name: str, *, field: str | None = None, evaluation: bool = False) -> Iterator[str]:
+    """Documents of a local file or of a named hub corpus, one by one; blank ones are left out. A .txt file is one document.
 
     Raises:
         CalibrationError: missing, unreadable or empty.
     """
     path = Path(name).expanduser()
+    documents: Iterable[str]
     if path.suffix == ".txt" and path.is_file():
         try:
             documents = [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path} is not UTF-8 text: {error}") from error
     elif path.suffix == ".parquet" and path.is_file():
-        documents = [_record_text(r, field, name) for r in _hub_dataset("parquet", data_files=str(path), split="train")]
+        records = _hub_dataset("parquet", data_files=str(path), split="train")
+        documents = (_record_text(record, field, name) for record in records)
     elif path.is_file():
-        documents = [_record_text(record, field, name) for record in _read_records(path)]
+        documents = (_record_text(record, field, name) for record in _read_records(path))
     elif name in HUB_CORPORA:
         corpus = HUB_CORPORA[name]
         split = corpus.evaluation_split if evaluation else corpus.calibration_split
         records = _hub_dataset(
             corpus.path, name=corpus.name, split=split, streaming=corpus.streaming, revision=corpus.revision
         )
-        taken = (
-            (record for record, _ in zip(records, range(MAX_DOCUMENTS), strict=False)) if corpus.streaming else records
-        )
-        documents = [_record_text(record, field or corpus.field, name) for record in taken]
+        documents = (_record_text(record, field or corpus.field, name) for record in records)
     else:
         raise CalibrationError(
             f"{name} is neither a file nor one of the named corpora ({', '.join(HUB_CORPORA)}, {SELF})"
         )
-    documents = [text for text in documents if text.strip()]
-    if not documents:
+    empty = True
+    for text in documents:
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
         raise CalibrationError(f"{name} holds no text")
-    return documents
+
+
+def load_documents(name: str, *, field: str | None = None, evaluation: bool = False) -> list[str]:
+    """As `stream_documents`, in memory; of a streamed corpus the first `MAX_DOCUMENTS`.
+
+    Raises:
+        CalibrationError: missing, unreadable or empty.
+    """
+    documents = stream_documents(name, field=field, evaluation=evaluation)
+    streamed = name in HUB_CORPORA and HUB_CORPORA[name].streaming and not Path(name).expanduser().is_file()
+    return list(islice(documents, MAX_DOCUMENTS if streamed else None))
 
 
 def _hub_dataset(path: str, **options: Any) -> Any:
@@ -369,7 +383,7 @@ def make_windows(
     if samples < len(parts):
         raise ConfigError(f"--samples {samples} is less than one for each of the {len(parts)} corpora of {spec!r}")
     bos = leading_bos(tokenizer)
-    counts = _share(samples, [part.weight for part in parts])
+    counts = share(samples, [part.weight for part in parts])
     windows, lengths = [], []
     for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
         if part.name == SELF:
@@ -398,7 +412,7 @@ def make_windows(
     return TokenWindows(torch.cat(windows), torch.cat(lengths), torch.cat(weights))
 
 
-def _share(total: int, weights: list[float]) -> list[int]:
+def share(total: int, weights: list[float]) -> list[int]:
     """Split a count by weights, at least one each (largest remainder)."""
     counts = [max(1, int(total * weight)) for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - total * weights[i])

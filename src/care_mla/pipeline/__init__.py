@@ -3,11 +3,12 @@
 A file a stage: what it does is public here, what the stages share is in `source`, `artifacts`, `spectra` and `planning`.
 """
 
-from care_mla.pipeline.artifacts import EVALUATION, EXPORT, MANIFEST, REPORT, SPECTRA, versions, write_json
+from care_mla.pipeline.artifacts import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions, write_json
 from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import evaluate, write_report
 from care_mla.pipeline.exporting import EXPORT_TARGETS, export
 from care_mla.pipeline.fetching import KNOWN_MODELS, fetch
+from care_mla.pipeline.healing import heal
 from care_mla.pipeline.inspection import Inspection, inspect
 from care_mla.pipeline.planning import RankForecast, plan_ranks, plan_uniform, plot_forecasts, require_plot
 from care_mla.pipeline.source import Source, open_source, require_expressible
@@ -17,6 +18,7 @@ __all__ = [
     "EVALUATION",
     "EXPORT",
     "EXPORT_TARGETS",
+    "HEALING",
     "KNOWN_MODELS",
     "MANIFEST",
     "REPORT",
@@ -29,6 +31,7 @@ __all__ = [
     "evaluate",
     "export",
     "fetch",
+    "heal",
     "inspect",
     "open_source",
     "plan_ranks",

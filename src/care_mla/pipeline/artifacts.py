@@ -21,6 +21,7 @@ REPORT = "care_report.html"
 
 
 EXPORT = "care_export.json"
+HEALING = "care_heal.json"
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,33 @@
+"""Healing: a converted model is trained back toward its teacher on accelerate, FSDP2 and torch's distributed checkpoint."""
+
+from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack
+from care_mla.healing.distillation import Distillation
+from care_mla.healing.loop import METRICS, Run, autocast, is_out_of_memory, spread
+from care_mla.healing.state import full_trained_state, is_main, wait
+from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher
+from care_mla.healing.teacher import key_of, store, stored
+
+__all__ = [
+    "METRICS",
+    "Blocks",
+    "Distillation",
+    "Order",
+    "Run",
+    "autocast",
+    "collect_blocks",
+    "family_of",
+    "folded_in",
+    "full_trained_state",
+    "held_out",
+    "is_main",
+    "is_out_of_memory",
+    "key_of",
+    "make_pupil",
+    "pack",
+    "set_trained",
+    "share_teacher",
+    "spread",
+    "store",
+    "stored",
+    "wait",
+]

@@ -1,0 +1,176 @@
+"""Training text: documents packed into blocks of one length, in an order that a seed decides.
+
+Attention must not cross documents: positions start again at each, from which transformers makes the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from care_mla.calibration.corpus import (
+    COPY,
+    SELF,
+    copying_windows,
+    leading_bos,
+    parse_spec,
+    sample_from_model,
+    share,
+    stream_documents,
+    tokenize,
+)
+from care_mla.errors import CalibrationError, ConfigError
+from care_mla.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed text.
+
+    Attributes:
+        input_ids: [blocks, seqlen] int32.
+        positions: [blocks, seqlen] int32, position of each token in its document; 0 begins one, and every block.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: Tensor) -> Blocks:
+        return Blocks(self.input_ids[rows], self.positions[rows])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all blocks."""
+        return self.input_ids.numel()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Named tensors for safetensors."""
+        return {"input_ids": self.input_ids, "positions": self.positions}
+
+
+def pack(documents: Iterable[Tensor], seqlen: int, max_blocks: int) -> Blocks:
+    """Documents one after the other, cut into blocks; a document may go on in the next block, where its positions start again.
+
+    Args:
+        documents: token ids of each; no more are read than the blocks need. The rest that fills no block is dropped.
+    """
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    collected = 0
+    for document in documents:
+        ids.append(document.to(torch.int32))
+        positions.append(torch.arange(len(document), dtype=torch.int32))
+        collected += len(document)
+        if collected >= max_blocks * seqlen:
+            break
+    count = min(max_blocks, collected // seqlen)
+    if not count:
+        return Blocks(torch.zeros(0, seqlen, dtype=torch.int32), torch.zeros(0, seqlen, dtype=torch.int32))
+    flat = torch.cat(positions)[: count * seqlen].view(count, seqlen)
+    # A document that began before the block starts anew in it.
+    along = torch.arange(seqlen, dtype=torch.int32)
+    begun = torch.where(flat == 0, along, torch.zeros_like(along)).cummax(1).values
+    return Blocks(torch.cat(ids)[: count * seqlen].view(count, seqlen), along - begun)
+
+
+def collect_blocks(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    seqlen: int,
+    seed: int,
+    field: str | None = None,
+    model: PreTrainedModel | None = None,
+    track: Track = silent,
+) -> Blocks:
+    """At most `count` blocks of a SPEC (as of `care calibrate`), shared out by weight.
+
+    Args:
+        model: needed for `self`.
+
+    Raises:
+        ConfigError, CalibrationError: bad spec, missing text, or less than one block of it.
+    """
+    parts = parse_spec(spec)
+    if count < len(parts):
+        raise ConfigError(
+            f"{count} blocks of {seqlen} tokens are less than one for each of the {len(parts)} corpora of {spec!r}; give more --tokens"
+        )
+    bos = leading_bos(tokenizer)
+    collected = []
+    for index, (part, wanted) in enumerate(zip(parts, share(count, [p.weight for p in parts]), strict=True)):
+        if part.name in (SELF, COPY):
+            if part.name == SELF:
+                if model is None:
+                    raise ConfigError("data `self` needs the model itself")
+                rows = sample_from_model(model, tokenizer, wanted, seqlen, seed + index, track=track)
+            else:
+                rows = copying_windows(tokenizer, wanted, seqlen, seed + index, bos)
+            blocks = Blocks(
+                rows.to(torch.int32), torch.arange(seqlen, dtype=torch.int32).expand(wanted, -1).contiguous()
+            )
+        else:
+            documents = stream_documents(part.name, field=field)
+            blocks = pack((_document(tokenizer, text, bos) for text in documents), seqlen, wanted)
+            if not len(blocks):
+                raise CalibrationError(
+                    f"{part.name} holds less than one block of {seqlen} tokens; give more text or a smaller --seqlen"
+                )
+        collected.append(blocks)
+    return Blocks(torch.cat([b.input_ids for b in collected]), torch.cat([b.positions for b in collected]))
+
+
+def _document(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None) -> Tensor:
+    """[BOS] text [EOS], where the tokenizer writes the first and has the second."""
+    first, last = ([] if token is None else [token] for token in (bos, tokenizer.eos_token_id))
+    return torch.cat(
+        [torch.tensor(first, dtype=torch.long), tokenize(tokenizer, text), torch.tensor(last, dtype=torch.long)]
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which blocks a step reads: every epoch all of them, shuffled anew. A function of the seed and the step alone.
+
+    Attributes:
+        num_blocks: of the training text.
+        batch_size: blocks of one step, over all processes.
+    """
+
+    num_blocks: int
+    batch_size: int
+    seed: int
+
+    def rows(self, step: int) -> Tensor:
+        """Blocks of a step, counted from 0; [batch_size]."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = {place // self.num_blocks for place in places}
+        shuffled = {epoch: self._epoch(epoch) for epoch in epochs}
+        return torch.stack([shuffled[place // self.num_blocks][place % self.num_blocks] for place in places])
+
+    def _epoch(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.num_blocks, generator=generator)
+
+
+def held_out(blocks: Blocks, count: int, seed: int) -> tuple[Blocks, Blocks]:
+    """Training and evaluation blocks, drawn apart.
+
+    Raises:
+        CalibrationError: nothing would be left to train on.
+    """
+    if len(blocks) <= count:
+        raise CalibrationError(
+            f"the text makes {len(blocks)} blocks of {blocks.input_ids.shape[1]} tokens, {count} are held out for evaluation: nothing is left to "
+            "train on; give more text, a smaller --seqlen or fewer --eval-blocks"
+        )
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return blocks[order[count:].sort().values], blocks[order[:count]]

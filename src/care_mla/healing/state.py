@@ -1,0 +1,156 @@
+"""Everything that a run needs to go on where it was killed, written so that a kill at any moment leaves a whole state.
+
+torch's distributed checkpoint holds trained weights and optimizer, whatever the number of processes; a JSON beside it the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from care_mla.errors import HealingError
+
+PROGRESS = "progress.json"
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps taken or skipped.
+        tokens: trained on.
+        skipped: steps with a non-finite loss or gradient.
+        seconds: spent in training steps.
+        stale: evaluations since the best one.
+        best_step: of the evaluation with the smallest KL.
+        evaluations: of held-out text, by step; the first is the model as it came.
+        rng: state of torch's generator, base 16.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    stale: int = 0
+    best_step: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    rng: str = ""
+
+
+def is_main() -> bool:
+    """Whether this process writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _save(values: dict[str, Any], directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process without a process group is what we mean
+        dcp.save(values, checkpoint_id=directory)
+
+
+def _load(values: dict[str, Any], directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(values, checkpoint_id=directory)
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """Trained weights by name, sharded as the model is."""
+    return get_model_state_dict(model, options=_TRAINED)
+
+
+def full_trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trained weights by name, whole, on the CPU of the main process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
+
+
+class RunState:
+    """The saved states of one run: the newest, and the best by evaluation."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def _newest(self) -> Path | None:
+        steps = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+        return steps[-1] if steps else None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Replace the newest state."""
+        progress.rng = bytes(torch.get_rng_state().tolist()).hex()
+        target = self.directory / f"step-{progress.step}"
+        staging = target.with_name(f"{target.name}.partial")
+        if is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        wait()
+        _save({"model": trained_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, staging)
+        if is_main():
+            (staging / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+            for other in self.directory.glob("step-*"):
+                if other != target:
+                    shutil.rmtree(other)
+        wait()
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Continue from the newest state; None where there is none."""
+        newest = self._newest()
+        if newest is None:
+            return None
+        values = {"model": trained_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        try:
+            _load(values, newest)
+            progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RuntimeError, dcp.api.CheckpointException) as error:
+            raise HealingError(
+                f"the saved state {newest} cannot be read ({str(error).splitlines()[0]}); start anew with --overwrite"
+            ) from error
+        set_model_state_dict(model, values["model"], options=_TRAINED)
+        set_optimizer_state_dict(model, optimizer, values["optimizer"])
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(progress.rng)), dtype=torch.uint8))
+        return progress
+
+    def save_best(self, model: nn.Module) -> None:
+        """Replace the best weights."""
+        staging, target = self.directory / "best.partial", self.directory / "best"
+        if is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+        wait()
+        _save({"model": trained_state(model)}, staging)
+        if is_main():
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+        wait()
+
+    def load_best(self, model: nn.Module) -> None:
+        """Put the best weights into the model."""
+        values = {"model": trained_state(model)}
+        _load(values, self.directory / "best")
+        set_model_state_dict(model, values["model"], options=_TRAINED)

@@ -1,0 +1,374 @@
+"""Healing: a converted model and its teacher become a trained checkpoint, a record and a report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_directory, copy_side_files, resolve_source
+from care_mla.checkpoint.reader import read_json
+from care_mla.checkpoint.writer import require_writable
+from care_mla.config import HealSettings
+from care_mla.errors import CheckpointError, ConfigError, HealingError
+from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, SPECTRA, versions, write_json
+from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.source import require_elsewhere
+from care_mla.progress import Meter, Track, silent, silent_meter
+
+if TYPE_CHECKING:
+    from care_mla.healing import Blocks, Distillation, Run
+    from care_mla.healing.student import Pupil
+
+BLOCKS_FILE = "blocks.safetensors"
+SETTINGS_FILE = "settings.json"
+
+MeterFactory = Callable[[int, str], AbstractContextManager[Meter]]
+"""(total, unit) -> a meter for as long as the context lasts."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A converted or exported model, and its teacher; weights not yet read.
+
+    Attributes:
+        name: of the model, as the record says it.
+        record: its manifest, or what `care export` wrote; empty without either.
+    """
+
+    name: str
+    directory: Path
+    reader: CheckpointReader
+    record: dict[str, Any]
+    teacher_name: str
+    teacher: CheckpointReader
+
+
+def heal(
+    model: str | Path,
+    out: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    teacher_logits: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    name: str | None = None,
+    track: Track = silent,
+    meter: MeterFactory | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a converted or exported model toward its teacher.
+
+    Started by `torchrun` or `accelerate launch`, all processes train together; what is written does not depend on their number.
+
+    Args:
+        model: directory that `convert` or `export` wrote.
+        out: directory of the healed model; appears whole or not at all. Until then, `OUT.healing` holds what --resume needs.
+        teacher: model directory or hub id; None: the source that the model was converted from.
+        teacher_logits: directory in which `teacher_top_k` probabilities stay for other runs on the same text; None: `OUT.healing`.
+        resume: go on from the state in `OUT.healing`.
+        device: "cpu", or None for what accelerate finds.
+        name: how the record calls the model; None: its path.
+        settings: fields of `HealSettings`.
+
+    Returns:
+        The record of the run, as saved in `out`.
+
+    Raises:
+        ConversionError: nothing is left at `out` then; the state for --resume stays.
+    """
+    from accelerate import Accelerator
+
+    chosen: HealSettings = HealSettings.make(**settings)
+    _require_settings(chosen)
+    out = Path(out)
+    require_writable(out, overwrite)
+    opened = _open(model, teacher, name)
+    require_elsewhere(out, opened.directory)
+    require_elsewhere(out, opened.teacher.directory)
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+    if chosen.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"--batch-size {chosen.batch_size} is not a multiple of the {accelerator.num_processes} processes"
+        )
+    if not accelerator.is_main_process:
+        track, meter = silent, None
+    work = out.with_name(f"{out.name}.healing")
+    _prepare_work(work, chosen, opened, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
+    if resume:
+        run.resume()
+    try:
+        if meter is None:
+            progress = run.train_all(silent_meter)
+        else:
+            with meter(run.steps * chosen.batch_size * chosen.seqlen, "tokens") as show:
+                progress = run.train_all(show)
+    except RuntimeError as error:
+        from care_mla.healing import is_out_of_memory
+
+        if is_out_of_memory(error):
+            raise HealingError(
+                f"out of memory in step {run.progress.step}: lower --micro-batch-size (now {chosen.micro_batch_size or chosen.batch_size} blocks) or "
+                "--seqlen, or give --gradient-checkpointing or, over several devices, --shard; --resume goes on from the last saved state"
+            ) from error
+        raise
+    from care_mla.healing import full_trained_state
+
+    state = full_trained_state(run.module)
+    best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
+    record = {
+        "format": "care-mla healing 1",
+        "settings": chosen.model_dump(mode="json"),
+        "lr": run.lr,
+        "model": {"name": opened.name, "fingerprint": opened.reader.fingerprint},
+        "teacher": {
+            "name": opened.teacher_name,
+            "fingerprint": opened.teacher.fingerprint,
+            "shares_weights": distillation.teacher is None,
+        },
+        "text": {"tokens": run.train.num_tokens, "held_out_tokens": run.held_out.num_tokens},
+        "trained": {"tensors": len(names), "parameters": sum(t.numel() for t in state.values())},
+        "processes": accelerator.num_processes,
+        **{key: value for key, value in asdict(progress).items() if key not in ("rng", "stale")},
+        "stopped_early": progress.step < run.steps,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "one_shot": progress.evaluations[0],
+        "healed": best,
+        "versions": versions(),
+    }
+    if accelerator.is_main_process:
+        _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite)
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _require_settings(settings: HealSettings) -> None:
+    """Combinations that cannot be carried out.
+
+    Raises:
+        ConfigError
+    """
+    if not settings.kl_weight and not settings.ce_weight:
+        raise ConfigError("--kl-weight and --ce-weight are both 0: nothing would be learned")
+    if settings.layerwise is None and settings.layerwise_tokens:
+        raise ConfigError("--layerwise-tokens needs --layerwise attention or hidden")
+    if settings.layerwise is not None and not settings.layerwise_tokens:
+        raise ConfigError(f"--layerwise {settings.layerwise} needs --layerwise-tokens, the length of that phase")
+    if settings.layerwise == "attention" and settings.train == "all":
+        raise ConfigError(
+            "--layerwise attention trains attentions alone; choose --train kv or attention, or --layerwise hidden"
+        )
+
+
+def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _Opened:
+    """Find model, teacher and their records, and check that they belong together.
+
+    Raises:
+        ConversionError
+    """
+    from care_mla.calibration import load_tokenizer
+    from care_mla.healing import family_of
+
+    directory = resolve_source(model)
+    reader = CheckpointReader(directory)
+    family_of(reader.config)
+    record = next((read_json(directory / f) for f in (MANIFEST, EXPORT) if (directory / f).is_file()), {})
+    teacher_name = str(teacher) if teacher is not None else _teacher_of(record, directory)
+    teacher_directory = resolve_source(teacher_name)
+    teacher_reader = CheckpointReader(teacher_directory)
+    vocabularies = [(r.config.get("text_config") or r.config).get("vocab_size") for r in (reader, teacher_reader)]
+    if vocabularies[0] != vocabularies[1]:
+        raise ConfigError(
+            f"the teacher {teacher_name} has a vocabulary of {vocabularies[1]}, {directory} one of {vocabularies[0]}; the teacher must be the model that was converted, or one with its tokenizer"
+        )
+    if load_tokenizer(directory).get_vocab() != load_tokenizer(teacher_directory).get_vocab():
+        raise ConfigError(
+            f"the teacher {teacher_name} has another tokenizer than {directory}; the same ids mean other tokens there"
+        )
+    return _Opened(name or str(model), directory, reader, record, teacher_name, teacher_reader)
+
+
+def _teacher_of(record: dict[str, Any], directory: Path) -> str:
+    """The source that a manifest names; of an export, that of the model it was made from."""
+    source = record.get("source")
+    if isinstance(source, str):  # an export names the converted directory
+        manifest = Path(source) / MANIFEST
+        source = read_json(manifest).get("source") if manifest.is_file() else None
+    if not isinstance(source, dict):
+        raise ConfigError(f"{directory} does not say what it was converted from; name its --teacher")
+    return str(source["name"])
+
+
+def _prepare_work(
+    work: Path, settings: HealSettings, opened: _Opened, *, resume: bool, overwrite: bool, main: bool
+) -> None:
+    """The directory of a run's state; what is in it must be of the same run.
+
+    Raises:
+        HealingError
+    """
+    identity = {
+        "settings": settings.model_dump(mode="json"),
+        "model": opened.reader.fingerprint,
+        "teacher": opened.teacher.fingerprint,
+    }
+    path = work / SETTINGS_FILE
+    if resume:
+        if not path.is_file():
+            raise HealingError(f"{work} holds no run to resume; start it without --resume")
+        saved = read_json(path)
+        changed = [key for key in identity["settings"] if saved["settings"].get(key) != identity["settings"][key]]
+        changed += [key for key in ("model", "teacher") if saved.get(key) != identity[key]]
+        if changed:
+            raise HealingError(
+                f"the run in {work} was started with another {', '.join(changed)}; resume it with the same options, or start anew with --overwrite"
+            )
+        return
+    if work.exists() and not overwrite:
+        raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
+    if main:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(path, identity)
+
+
+def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> Blocks:
+    """All blocks of the run, held-out ones included; made once, by the main process."""
+    from care_mla.calibration import load_tokenizer
+    from care_mla.calibration.corpus import SELF, parse_spec
+    from care_mla.healing import Blocks, collect_blocks, is_main, wait
+    from care_mla.modeling import load
+
+    path = work / BLOCKS_FILE
+    if is_main() and not path.is_file():
+        from_model = any(part.name == SELF for part in parse_spec(settings.data))
+        blocks = collect_blocks(
+            settings.data,
+            load_tokenizer(opened.directory),
+            count=settings.num_steps * settings.batch_size + settings.eval_blocks,
+            seqlen=settings.seqlen,
+            seed=settings.seed,
+            field=settings.field,
+            model=load(opened.teacher.directory) if from_model else None,
+            track=track,
+        )
+        save_file(blocks.to_tensors(), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    wait()
+    return Blocks(**load_file(path))
+
+
+def _make_run(
+    opened: _Opened,
+    settings: HealSettings,
+    accelerator: Any,
+    work: Path,
+    teacher_logits: str | Path | None,
+    track: Track,
+) -> tuple[Run, Distillation, list[str]]:
+    """Everything loaded and spread over the processes, and the names of the trained weights on disk."""
+    from care_mla.calibration import checkpoint_layers
+    from care_mla.healing import (
+        Distillation,
+        Run,
+        autocast,
+        family_of,
+        held_out,
+        key_of,
+        make_pupil,
+        set_trained,
+        share_teacher,
+        spread,
+        store,
+        stored,
+    )  # fmt: skip
+    from care_mla.modeling import load
+
+    train, evaluation = held_out(_text(opened, settings, work, track), settings.eval_blocks, settings.seed)
+    family, inner = family_of(opened.reader.config)
+    pupil = make_pupil(load(opened.directory, dtype=torch.float32), family, inner=inner)
+    shared = share_teacher(pupil, opened.teacher, settings.train)
+    if settings.layerwise == "attention" and not shared:
+        raise ConfigError(
+            "--layerwise attention needs a teacher that differs in its attentions alone; use --layerwise hidden"
+        )
+    teacher = None if shared else load(opened.teacher.directory, dtype=torch.float32).requires_grad_(False)
+    names = set_trained(pupil, settings.train)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(pupil.model, pupil.decoder_layers())
+    distillation = Distillation(pupil, teacher, settings)
+    module = spread(distillation, accelerator, shard=settings.shard)
+    lr = settings.lr or settings.default_lr(opened.teacher.config["hidden_size"])
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    top = None
+    if settings.teacher_top_k:
+        key = key_of(train, opened.teacher.fingerprint, settings.teacher_top_k, settings.temperature)
+        path = Path(teacher_logits or work) / f"teacher-{key}.safetensors"
+        accelerator.wait_for_everyone()
+        top = stored(path)
+        if top is None:
+
+            def top_of(blocks: Blocks) -> tuple[Tensor, Tensor]:
+                assert settings.teacher_top_k is not None
+                device = accelerator.device
+                with autocast(device, settings.precision):
+                    return distillation.teacher_top(
+                        blocks.input_ids.long().to(device), blocks.positions.long().to(device), settings.teacher_top_k
+                    )
+
+            top = store(train, path, settings.micro_batch_size or settings.batch_size, top_of, track)
+    run = Run(module, optimizer, train, evaluation, top, settings, accelerator, work, lr)
+    return run, distillation, names
+
+
+def _write(
+    opened: _Opened,
+    out: Path,
+    work: Path,
+    pupil: Pupil,
+    state: dict[str, Tensor],
+    record: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """The model's checkpoint with the trained weights in place of its own, its records and what travels with it.
+
+    Args:
+        state: trained weights under their names in `Distillation`.
+    """
+    from care_mla.healing import METRICS, folded_in
+
+    trained = {pupil.stored_name(name.removeprefix("model.")): tensor for name, tensor in state.items()}
+    if pupil.folded:
+        rank = opened.reader.config["kv_lora_rank"]
+        trained = {name: folded_in(name, tensor, rank) for name, tensor in trained.items()}
+    with atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging:
+        writer = ShardedWriter(staging)
+        for name in opened.reader.names:
+            tensor = opened.reader[name]
+            writer.add(name, trained.pop(name).to(tensor.dtype) if name in trained else tensor)
+        if trained:
+            raise CheckpointError(f"{opened.directory} has no {min(trained)}, which was trained ({len(trained)} such)")
+        writer.finish()
+        copy_side_files(opened.directory, staging)
+        shutil.copyfile(opened.directory / "config.json", staging / "config.json")
+        shutil.copyfile(work / METRICS, staging / METRICS)
+        write_json(staging / HEALING, record)
+        if (opened.directory / EXPORT).is_file():
+            shutil.copyfile(opened.directory / EXPORT, staging / EXPORT)
+        if (opened.directory / MANIFEST).is_file():
+            write_json(staging / MANIFEST, {**opened.record, "healing": [*opened.record.get("healing", []), record]})
+            shutil.copyfile(opened.directory / SPECTRA, staging / SPECTRA)
+            write_report(staging)
