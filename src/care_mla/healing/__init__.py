@@ -2,9 +2,9 @@
 
 from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack
 from care_mla.healing.distillation import Distillation
-from care_mla.healing.loop import METRICS, Run, autocast, is_out_of_memory, spread
+from care_mla.healing.loop import METRICS, Run, autocast, is_bfloat16, is_out_of_memory, spread
 from care_mla.healing.state import full_trained_state, is_main, wait
-from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher
+from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher, shrink_frozen
 from care_mla.healing.teacher import key_of, store, stored
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "folded_in",
     "full_trained_state",
     "held_out",
+    "is_bfloat16",
     "is_main",
     "is_out_of_memory",
     "key_of",
@@ -26,6 +27,7 @@ __all__ = [
     "pack",
     "set_trained",
     "share_teacher",
+    "shrink_frozen",
     "spread",
     "store",
     "stored",

@@ -63,12 +63,16 @@ def spread(distillation: Distillation, accelerator: Accelerator, *, shard: bool)
     return distillation
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bfloat16 products where asked for, or (auto) where the device has them in hardware."""
+def is_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether products are made in bfloat16: where asked for, or (auto) where the device has them in hardware."""
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
-        precision = "bfloat16" if native else "float32"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    return precision == "bfloat16"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The precision of products, see `is_bfloat16`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bfloat16(device, precision))
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -78,16 +78,18 @@ def _load(values: dict[str, Any], directory: Path) -> None:
         dcp.load(values, checkpoint_id=directory)
 
 
-def trained_state(model: nn.Module) -> dict[str, Any]:
+def trained_state(model: nn.Module, options: StateDictOptions = _TRAINED) -> dict[str, Any]:
     """Trained weights by name, sharded as the model is."""
-    return get_model_state_dict(model, options=_TRAINED)
+    trained = {name.removeprefix("module.") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if name in trained}  # a frozen tied weight has a second name
 
 
 def full_trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Trained weights by name, whole, on the CPU of the main process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
+    return trained_state(
+        model, StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    )
 
 
 class RunState:

@@ -218,7 +218,7 @@ def _prepare_work(
     Raises:
         HealingError
     """
-    identity = {
+    identity: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
         "model": opened.reader.fingerprint,
         "teacher": opened.teacher.fingerprint,
@@ -285,10 +285,12 @@ def _make_run(
         autocast,
         family_of,
         held_out,
+        is_bfloat16,
         key_of,
         make_pupil,
         set_trained,
         share_teacher,
+        shrink_frozen,
         spread,
         store,
         stored,
@@ -307,6 +309,8 @@ def _make_run(
     names = set_trained(pupil, settings.train)
     if settings.gradient_checkpointing:
         checkpoint_layers(pupil.model, pupil.decoder_layers())
+    if is_bfloat16(accelerator.device, settings.precision) and not settings.shard:
+        shrink_frozen(pupil, torch.bfloat16)
     distillation = Distillation(pupil, teacher, settings)
     module = spread(distillation, accelerator, shard=settings.shard)
     lr = settings.lr or settings.default_lr(opened.teacher.config["hidden_size"])
