@@ -23,11 +23,15 @@ app = typer.Typer(
 INTERRUPTED = 130
 
 
+class Interrupted(Exception):  # noqa: N818  (as KeyboardInterrupt)
+    """Ctrl-C where something is kept; the message says what."""
+
+
 def main() -> None:
     """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
     quiet_libraries()
     signal.signal(signal.SIGTERM, _as_interrupt)
-    from care_mla.cli import calibrate, convert, evaluate, export, fetch, inspect, plan, report  # noqa: F401  (registration)
+    from care_mla.cli import calibrate, convert, evaluate, export, fetch, heal, inspect, plan, report  # noqa: F401  (registration)
 
     errors = Console(stderr=True)
     try:
@@ -37,8 +41,9 @@ def main() -> None:
     except ConversionError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; nothing was written", highlight=False)
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as interrupt:
+        kept = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was written"
+        errors.print(f"interrupted; {_escaped(kept)}", soft_wrap=True, highlight=False)
         sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's parser

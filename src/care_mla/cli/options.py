@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from care_mla.cli import Interrupted
 
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
@@ -58,3 +62,31 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{option} {text!r}: numbers separated by commas, e.g. 0.5,0.75") from error
+
+
+SCALES = {"k": 1e3, "m": 1e6, "b": 1e9}
+
+
+def count_of(text: str | None, option: str) -> int | None:
+    """A number of tokens: 64000, 64k, 0.25M, 1e6."""
+    if text is None:
+        return None
+    scale = SCALES.get(text[-1:].lower())
+    try:
+        return int(float(text[:-1]) * scale) if scale else int(float(text))
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter(f"{option} {text!r}: a number of tokens, e.g. 64000, 64k or 0.25M") from error
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Ctrl-C says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(f"nothing was written; {kept}") from interrupt
+
+
+def is_main_process() -> bool:
+    """Whether this process prints results; torchrun and accelerate launch number their processes."""
+    return os.environ.get("RANK", "0") == "0"

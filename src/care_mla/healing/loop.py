@@ -225,6 +225,9 @@ class Run:
         if is_main():
             with (self.work / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        held_out = values.get("evaluation")
+        named = {f"held_out/{k}": v for k, v in held_out.items()} if held_out else values
+        self.accelerator.log(named, step=self.progress.step)  # to the trackers of --log-with, if any
 
     # --- all of it ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from care_mla.checkpoint.writer import require_writable
 from care_mla.config import HealSettings
 from care_mla.errors import CheckpointError, ConfigError, HealingError
 from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, SPECTRA, versions, write_json
+from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import write_report
 from care_mla.pipeline.source import require_elsewhere
 from care_mla.progress import Meter, Track, silent, silent_meter
@@ -57,6 +58,7 @@ def heal(
     *,
     teacher: str | Path | None = None,
     teacher_logits: str | Path | None = None,
+    log_with: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
@@ -74,6 +76,7 @@ def heal(
         out: directory of the healed model; appears whole or not at all. Until then, `OUT.healing` holds what --resume needs.
         teacher: model directory or hub id; None: the source that the model was converted from.
         teacher_logits: directory in which `teacher_top_k` probabilities stay for other runs on the same text; None: `OUT.healing`.
+        log_with: a tracker that accelerate knows ("tensorboard", "trackio", ...), beside `METRICS`.
         resume: go on from the state in `OUT.healing`.
         device: "cpu", or None for what accelerate finds.
         name: how the record calls the model; None: its path.
@@ -85,28 +88,28 @@ def heal(
     Raises:
         ConversionError: nothing is left at `out` then; the state for --resume stays.
     """
-    from accelerate import Accelerator
-
     chosen: HealSettings = HealSettings.make(**settings)
     _require_settings(chosen)
     out = Path(out)
     require_writable(out, overwrite)
+    accelerator = _accelerator(device, log_with, out)
     opened = _open(model, teacher, name)
     require_elsewhere(out, opened.directory)
     require_elsewhere(out, opened.teacher.directory)
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     if chosen.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"--batch-size {chosen.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
     if not accelerator.is_main_process:
         track, meter = silent, None
-    work = out.with_name(f"{out.name}.healing")
+    work = healing_directory(out)
     _prepare_work(work, chosen, opened, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
     if resume:
         run.resume()
+    if log_with is not None:
+        accelerator.init_trackers("care-heal", config=chosen.model_dump(mode="json", exclude={"betas"}))
     try:
         if meter is None:
             progress = run.train_all(silent_meter)
@@ -146,11 +149,87 @@ def heal(
         "healed": best,
         "versions": versions(),
     }
+    accelerator.end_training()
     if accelerator.is_main_process:
         _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite)
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return record
+
+
+def healing_directory(out: str | Path) -> Path:
+    """Where the state of an unfinished run is kept."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.healing")
+
+
+def convert_and_heal(
+    source: str | Path,
+    out: str | Path,
+    *,
+    heal_tokens: int,
+    heal_data: str | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    track: Track = silent,
+    meter: MeterFactory | None = None,
+    **conversion: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint and heal it as the last stage.
+
+    Args:
+        source, out, conversion: as of `convert`.
+        heal_tokens: as `tokens` of `heal`; all else of the training is its defaults.
+        heal_data: None: what the conversion was calibrated on.
+
+    Returns:
+        The manifest, the healing in it.
+
+    Raises:
+        ConversionError: nothing is left at `out` then. Where healing fails, `OUT.one-shot` holds the conversion.
+    """
+    out = Path(out)
+    require_writable(out, overwrite)
+    one_shot = out.with_name(f"{out.name}.one-shot")
+    manifest = convert(source, one_shot, overwrite=overwrite, device=device, track=track, **conversion)
+    calibration = manifest["calibration"]["settings"]
+    record = heal(
+        one_shot,
+        out,
+        data=heal_data or calibration["calibration"],
+        field=calibration["field"] if heal_data is None else None,
+        tokens=heal_tokens,
+        overwrite=overwrite,
+        device="cpu" if device == "cpu" else None,
+        track=track,
+        meter=meter,
+    )
+    shutil.rmtree(one_shot)
+    return {**manifest, "healing": [record]}
+
+
+def _accelerator(device: str | None, log_with: str | None, out: Path) -> Any:
+    """
+    Raises:
+        ConfigError: accelerate or the tracker is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ConfigError("healing needs accelerate: pip install 'care-mla[heal]'") from error
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: cpu or cuda; several devices are for torchrun or accelerate launch")
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu" or not torch.cuda.is_available(),
+            log_with=log_with,
+            project_dir=out.with_name(f"{out.name}.logs"),
+        )
+    except ValueError as error:
+        raise ConfigError(f"--log-with {log_with}: {error}") from error
+    if log_with is not None and not accelerator.log_with:
+        raise ConfigError(f"--log-with {log_with} is not installed: pip install {log_with}")
+    return accelerator
 
 
 def _require_settings(settings: HealSettings) -> None:
