@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +13,10 @@ from rich.table import Table
 
 from care_mla import pipeline
 from care_mla.cli import app, options
+from care_mla.cli.heal import show_healing
 from care_mla.config import LOW_BUDGET_FROM
 from care_mla.methods import METHODS
-from care_mla.progress import rich_track
+from care_mla.progress import rich_meter, rich_track
 from care_mla.ranks import ALLOCATORS
 
 
@@ -113,6 +116,16 @@ def convert(
     seed: options.Seed = None,
     batch_size: options.BatchSize = None,
     pack: options.Pack = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--heal-tokens",
+            help="Then train the converted model back toward the source on so many tokens, e.g. 64k: `care heal` with its defaults.",
+        ),
+    ] = None,
+    heal_data: Annotated[
+        str | None, typer.Option("--heal-data", help="Text to heal on.  [default: the calibration's]")
+    ] = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -150,10 +163,21 @@ def convert(
         batch_size=batch_size,
         pack=pack,
     )
-    manifest = pipeline.convert(
-        source, out, stats=stats, calibration=text, overwrite=overwrite, device=device, track=rich_track, **recipe
+    healing: dict[str, Any] = options.given(
+        heal_tokens=options.count_of(heal_tokens, "--heal-tokens"), heal_data=heal_data
     )
+    if heal_data is not None and heal_tokens is None:
+        raise typer.BadParameter("--heal-data needs --heal-tokens")
+    run: Callable[..., dict[str, Any]] = pipeline.convert
+    if healing:
+        run = partial(pipeline.convert_and_heal, meter=rich_meter, **healing)
+    with options.interruptible(lambda: pipeline.kept_after_interrupt(out)):
+        manifest = run(
+            source, out, stats=stats, calibration=text, overwrite=overwrite, device=device, track=rich_track, **recipe
+        )
     show_conversion(manifest, out)
+    for record in manifest.get("healing", []):
+        show_healing(record, out)
 
 
 def recipe_name(recipe: dict[str, Any]) -> str:

@@ -142,9 +142,7 @@ def heal(
         patience=patience,
         max_skipped=max_skipped,
     )
-    with options.interruptible(
-        f"{pipeline.healing_directory(out)} holds the last saved state: --resume goes on from it"
-    ):
+    with options.interruptible(lambda: pipeline.kept_after_interrupt(out)):
         record = pipeline.heal(
             model,
             out,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -79,12 +79,12 @@ def count_of(text: str | None, option: str) -> int | None:
 
 
 @contextmanager
-def interruptible(kept: str) -> Iterator[None]:
-    """Ctrl-C says what is kept."""
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C says what is kept, if anything is."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"nothing was written; {kept}") from interrupt
+        raise Interrupted("; ".join(filter(None, ("nothing was written", kept())))) from interrupt
 
 
 def is_main_process() -> bool:

@@ -8,7 +8,7 @@ from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import evaluate, write_report
 from care_mla.pipeline.exporting import EXPORT_TARGETS, export
 from care_mla.pipeline.fetching import KNOWN_MODELS, fetch
-from care_mla.pipeline.healing import convert_and_heal, heal, healing_directory
+from care_mla.pipeline.healing import convert_and_heal, heal, kept_after_interrupt
 from care_mla.pipeline.inspection import Inspection, inspect
 from care_mla.pipeline.planning import RankForecast, plan_ranks, plan_uniform, plot_forecasts, require_plot
 from care_mla.pipeline.source import Source, open_source, require_expressible
@@ -33,8 +33,8 @@ __all__ = [
     "export",
     "fetch",
     "heal",
-    "healing_directory",
     "inspect",
+    "kept_after_interrupt",
     "open_source",
     "plan_ranks",
     "plan_uniform",

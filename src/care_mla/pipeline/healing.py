@@ -77,7 +77,7 @@ def heal(
         teacher: model directory or hub id; None: the source that the model was converted from.
         teacher_logits: directory in which `teacher_top_k` probabilities stay for other runs on the same text; None: `OUT.healing`.
         log_with: a tracker that accelerate knows ("tensorboard", "trackio", ...), beside `METRICS`.
-        resume: go on from the state in `OUT.healing`.
+        resume: go on from the state in `OUT.healing`, with the settings that the run was started with.
         device: "cpu", or None for what accelerate finds.
         name: how the record calls the model; None: its path.
         settings: fields of `HealSettings`.
@@ -88,12 +88,14 @@ def heal(
     Raises:
         ConversionError: nothing is left at `out` then; the state for --resume stays.
     """
-    chosen: HealSettings = HealSettings.make(**settings)
-    _require_settings(chosen)
     out = Path(out)
     require_writable(out, overwrite)
+    work = healing_directory(out)
+    started = _started(work) if resume else {"settings": {}, "teacher_name": None}
+    chosen: HealSettings = HealSettings.make(**{**started["settings"], **settings})
+    _require_settings(chosen)
     accelerator = _accelerator(device, log_with, out)
-    opened = _open(model, teacher, name)
+    opened = _open(model, teacher or started["teacher_name"], name)
     require_elsewhere(out, opened.directory)
     require_elsewhere(out, opened.teacher.directory)
     if chosen.batch_size % accelerator.num_processes:
@@ -102,8 +104,9 @@ def heal(
         )
     if not accelerator.is_main_process:
         track, meter = silent, None
-    work = healing_directory(out)
-    _prepare_work(work, chosen, opened, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
+    _prepare_work(
+        work, chosen, opened, started if resume else None, overwrite=overwrite, main=accelerator.is_main_process
+    )
     accelerator.wait_for_everyone()
     run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
     if resume:
@@ -163,6 +166,21 @@ def healing_directory(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.healing")
 
 
+def kept_after_interrupt(out: str | Path) -> str:
+    """How to go on after an interrupted run toward `out`; empty where nothing is kept."""
+    work, one_shot = healing_directory(out), _one_shot_directory(out)
+    if not work.is_dir():
+        return ""
+    model = f"care heal {one_shot} --out {out} --resume" if one_shot.is_dir() else "--resume"
+    return f"{work} holds the last saved state, and {model} goes on from it"
+
+
+def _one_shot_directory(out: str | Path) -> Path:
+    """Where `convert_and_heal` keeps the conversion until it is healed."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.one-shot")
+
+
 def convert_and_heal(
     source: str | Path,
     out: str | Path,
@@ -190,7 +208,7 @@ def convert_and_heal(
     """
     out = Path(out)
     require_writable(out, overwrite)
-    one_shot = out.with_name(f"{out.name}.one-shot")
+    one_shot = _one_shot_directory(out)
     manifest = convert(source, one_shot, overwrite=overwrite, device=device, track=track, **conversion)
     calibration = manifest["calibration"]["settings"]
     record = heal(
@@ -289,10 +307,24 @@ def _teacher_of(record: dict[str, Any], directory: Path) -> str:
     return str(source["name"])
 
 
+def _started(work: Path) -> dict[str, Any]:
+    """What the run in `work` was started with.
+
+    Raises:
+        HealingError: there is none.
+    """
+    if not (work / SETTINGS_FILE).is_file():
+        raise HealingError(f"{work} holds no run to resume; start it without --resume")
+    return read_json(work / SETTINGS_FILE)
+
+
 def _prepare_work(
-    work: Path, settings: HealSettings, opened: _Opened, *, resume: bool, overwrite: bool, main: bool
+    work: Path, settings: HealSettings, opened: _Opened, started: dict[str, Any] | None, *, overwrite: bool, main: bool
 ) -> None:
     """The directory of a run's state; what is in it must be of the same run.
+
+    Args:
+        started: what the run to resume was started with; None for a new run.
 
     Raises:
         HealingError
@@ -301,17 +333,14 @@ def _prepare_work(
         "settings": settings.model_dump(mode="json"),
         "model": opened.reader.fingerprint,
         "teacher": opened.teacher.fingerprint,
+        "teacher_name": opened.teacher_name,
     }
-    path = work / SETTINGS_FILE
-    if resume:
-        if not path.is_file():
-            raise HealingError(f"{work} holds no run to resume; start it without --resume")
-        saved = read_json(path)
-        changed = [key for key in identity["settings"] if saved["settings"].get(key) != identity["settings"][key]]
-        changed += [key for key in ("model", "teacher") if saved.get(key) != identity[key]]
+    if started is not None:
+        changed = [key for key, value in identity["settings"].items() if started["settings"].get(key) != value]
+        changed += [key for key in ("model", "teacher") if started.get(key) != identity[key]]
         if changed:
             raise HealingError(
-                f"the run in {work} was started with another {', '.join(changed)}; resume it with the same options, or start anew with --overwrite"
+                f"the run in {work} was started with another {', '.join(changed)}; resume it without that option, or start anew with --overwrite"
             )
         return
     if work.exists() and not overwrite:
@@ -319,7 +348,7 @@ def _prepare_work(
     if main:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        write_json(path, identity)
+        write_json(work / SETTINGS_FILE, identity)
 
 
 def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> Blocks:
