@@ -25,9 +25,6 @@ from care_mla.healing.state import Progress, RunState, is_main
 from care_mla.healing.teacher import TopProbabilities
 from care_mla.progress import Meter
 
-METRICS = "care_heal.jsonl"
-"""One line a step and one an evaluation."""
-
 
 class Wrapped(Protocol):
     """A `Distillation`, possibly in a wrapper for several processes."""
@@ -87,7 +84,8 @@ class Run:
         module: from `spread`.
         train, held_out: text.
         top: the teacher's stored probabilities of `train`; None runs the teacher.
-        work: directory of the state, the metrics and what is left of bad batches.
+        work: directory of the state and of what is left of bad batches.
+        metrics: JSON lines, one a step and one an evaluation.
     """
 
     module: nn.Module
@@ -98,6 +96,7 @@ class Run:
     settings: HealSettings
     accelerator: Accelerator
     work: Path
+    metrics: Path
     lr: float
 
     def __post_init__(self) -> None:
@@ -223,7 +222,7 @@ class Run:
 
     def _record(self, values: dict[str, Any]) -> None:
         if is_main():
-            with (self.work / METRICS).open("a", encoding="utf-8") as file:
+            with (self.metrics).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         held_out = values.get("evaluation")
         named = {f"held_out/{k}": v for k, v in held_out.items()} if held_out else values
@@ -237,7 +236,7 @@ class Run:
         if saved is None:
             return
         self.progress = saved
-        path = self.work / METRICS
+        path = self.metrics
         if is_main() and path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= saved.step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

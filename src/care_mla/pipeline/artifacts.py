@@ -24,6 +24,10 @@ EXPORT = "care_export.json"
 HEALING = "care_heal.json"
 
 
+METRICS = "care_heal.jsonl"
+"""Of a healing run: one line a step and one an evaluation."""
+
+
 def versions() -> dict[str, str]:
     """Versions that decide what was computed."""
     packages = ("care-mla", "torch", "transformers", "safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from care_mla.checkpoint import resolve_source
 from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError
-from care_mla.pipeline.artifacts import EVALUATION, MANIFEST, REPORT, SPECTRA, write_json
+from care_mla.pipeline.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA, write_json
 from care_mla.progress import Track, silent
 
 
@@ -56,13 +57,18 @@ def evaluate(
         )
     result = {"text": str(text), **evaluate_model(converted, rows, reference=original, track=track).to_dict()}
     if (directory / MANIFEST).is_file():
-        path = directory / EVALUATION
-        earlier = read_json(path)["evaluations"] if path.is_file() else []
         same = (result["text"], seqlen, windows)
-        kept = [e for e in earlier if (e["text"], e["seqlen"], e["windows"]) != same]
-        write_json(path, {"evaluations": [*kept, result]})
+        kept = [e for e in saved_evaluations(directory) if (e["text"], e["seqlen"], e["windows"]) != same]
+        write_json(directory / EVALUATION, {"evaluations": [*kept, result]})
         write_report(directory)
     return result
+
+
+def saved_evaluations(directory: Path) -> list[dict[str, Any]]:
+    """What `evaluate` has kept beside the manifest, possibly nothing."""
+    path = directory / EVALUATION
+    evaluations: list[dict[str, Any]] = read_json(path)["evaluations"] if path.is_file() else []
+    return evaluations
 
 
 def write_report(directory: str | Path) -> Path:
@@ -78,8 +84,12 @@ def write_report(directory: str | Path) -> Path:
         raise CheckpointError(
             f"{directory} has no {MANIFEST}; a report is made of a directory that `care convert` wrote"
         )
-    path = directory / EVALUATION
-    evaluations = read_json(path)["evaluations"] if path.is_file() else []
-    html = render_report(read_json(directory / MANIFEST), load_file(directory / SPECTRA), evaluations)
+    metrics = directory / METRICS
+    html = render_report(
+        read_json(directory / MANIFEST),
+        load_file(directory / SPECTRA),
+        saved_evaluations(directory),
+        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else None,
+    )
     (directory / REPORT).write_text(html, encoding="utf-8")
     return directory / REPORT

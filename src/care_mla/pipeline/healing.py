@@ -18,9 +18,9 @@ from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import HealSettings
 from care_mla.errors import CheckpointError, ConfigError, HealingError
-from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, SPECTRA, versions, write_json
+from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, versions, write_json
 from care_mla.pipeline.conversion import convert
-from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.evaluation import saved_evaluations, write_report
 from care_mla.pipeline.source import require_elsewhere
 from care_mla.progress import Meter, Track, silent, silent_meter
 
@@ -142,6 +142,7 @@ def heal(
             "fingerprint": opened.teacher.fingerprint,
             "shares_weights": distillation.teacher is None,
         },
+        "evaluations_before": saved_evaluations(opened.directory),
         "text": {"tokens": run.train.num_tokens, "held_out_tokens": run.held_out.num_tokens},
         "trained": {"tensors": len(names), "parameters": sum(t.numel() for t in state.values())},
         "processes": accelerator.num_processes,
@@ -441,7 +442,7 @@ def _make_run(
                     )
 
             top = store(train, path, settings.micro_batch_size or settings.batch_size, top_of, track)
-    run = Run(module, optimizer, train, evaluation, top, settings, accelerator, work, lr)
+    run = Run(module, optimizer, train, evaluation, top, settings, accelerator, work, work / METRICS, lr)
     return run, distillation, names
 
 
@@ -460,7 +461,7 @@ def _write(
     Args:
         state: trained weights under their names in `Distillation`.
     """
-    from care_mla.healing import METRICS, folded_in
+    from care_mla.healing import folded_in
 
     trained = {pupil.stored_name(name.removeprefix("model.")): tensor for name, tensor in state.items()}
     if pupil.folded:

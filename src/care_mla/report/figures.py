@@ -148,6 +148,26 @@ def layer_losses(layers: Sequence[dict[str, Any]]) -> str:
     return _svg(draw)
 
 
+def healing_curve(steps: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]) -> str:
+    """KL to the teacher against tokens: every training step, and held-out text."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            [s["tokens"] for s in steps], [s["kl"] for s in steps], color="#d1d5db", linewidth=1, label="training step"
+        )
+        tokens = [e["tokens"] for e in evaluations]
+        axes.plot(
+            tokens, [e["kl"] for e in evaluations], "o-", color="#0f766e", markersize=4, label="held-out text: KL"
+        )
+        gaps = [e["gap"] for e in evaluations]
+        axes.plot(tokens, gaps, "o--", color="#ea580c", markersize=4, label="held-out text: loss increase")
+        axes.axhline(0.0, color="#6b7280", linewidth=0.8)
+        axes.set(xlabel="tokens", ylabel="nats per token")
+        axes.legend(fontsize=8)
+
+    return _svg(draw)
+
+
 def cache_by_layer(converted: Sequence[float], original: Sequence[float] | None, element_bytes: int) -> str:
     """Bytes per token and layer as measured on the live cache objects."""
 

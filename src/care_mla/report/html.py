@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -11,13 +12,19 @@ from care_mla.ranks.plan import BLOCKS
 from care_mla.report import figures
 
 
-def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluations: list[dict[str, Any]]) -> str:
+def render_report(
+    manifest: dict[str, Any],
+    energies: dict[str, Tensor],
+    evaluations: list[dict[str, Any]],
+    metrics: list[dict[str, Any]] | None = None,
+) -> str:
     """One HTML page without external references.
 
     Args:
         manifest: of the conversion.
         energies: block name -> [layers, n] spectra.
         evaluations: results of `care eval`, possibly none.
+        metrics: of the last healing, a record a step.
     """
     plan, geometry = manifest["plan"], manifest["source"]["geometry"]
     blocks = BLOCKS[plan["layout"]]
@@ -28,6 +35,10 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
     manifest = {"predicted_loss_increase": None, "notes": [], **manifest}  # manifests of earlier versions have neither
     layers = manifest["layers"]
     measured = evaluations[-1] if evaluations else None
+    healings = manifest.get("healing", [])
+    curve = None
+    if healings and metrics:
+        curve = figures.healing_curve([m for m in metrics if "kl" in m], healings[-1]["evaluations"])
     cache_figure = None
     if measured is not None:
         cache, reference = measured["cache"], measured["reference_cache"]
@@ -47,7 +58,38 @@ def render_report(manifest: dict[str, Any], energies: dict[str, Tensor], evaluat
         ],
         error_figure=figures.layer_errors(layers),
         cache_figure=cache_figure,
+        healings=healings,
+        healing_rows=_before_and_after(healings[-1], evaluations) if healings else [],
+        healing_figure=curve,
         measured=measured,
         loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
         refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
     )
+
+
+def _before_and_after(healing: dict[str, Any], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of texts with what the one-shot and the healed model lose there, nats per token, and their perplexities."""
+    before, after = healing["one_shot"], healing["healed"]
+    rows = [
+        {
+            "text": f"held out of {healing['settings']['data'].split('/')[-1]}, {healing['text']['held_out_tokens']} tokens",
+            "loss": (before["gap"], after["gap"]),
+            "kl": (before["kl"], after["kl"]),
+            "perplexity": tuple(exp(loss) for loss in (before["teacher_ce"], before["ce"], after["ce"])),
+        }
+    ]
+    protocol = ("text", "seqlen", "windows")
+    earlier = {tuple(e[key] for key in protocol): e for e in healing["evaluations_before"]}
+    for new in evaluations:
+        old = earlier.get(tuple(new[key] for key in protocol))
+        if old is None or old["reference_perplexity"] is None or new["reference_perplexity"] is None:
+            continue
+        rows.append(
+            {
+                "text": f"{new['text'].split('/')[-1]}, {new['windows']} × {new['seqlen']} tokens",
+                "loss": (old["loss_increase"], new["loss_increase"]),
+                "kl": (old["kl"], new["kl"]),
+                "perplexity": (new["reference_perplexity"], old["perplexity"], new["perplexity"]),
+            }
+        )
+    return rows
