@@ -64,6 +64,28 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Path]:
+    """converted("joint") -> a small Llama in that layout, half its cache saved; "source" it came from, "stock" as exported."""
+    directory = tmp_path_factory.mktemp("converted")
+
+    def make(kind: str) -> Path:
+        out = directory / kind
+        if out.exists():
+            return out
+        if kind == "source":
+            return write_tiny_model(out, "llama", num_hidden_layers=2)
+        if kind == "stock":
+            care_mla.export(make("mla"), out)
+            return out
+        text = {"calibration": str(text_file), "samples": 8, "seqlen": 32}
+        recipe = {"qk_rope_head_dim": 8, "rope": "stock"} if kind == "mla" else {}
+        care_mla.convert(make("source"), out, layout=kind, kv_save=0.5, calibration=text, **recipe)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as an HF directory; `make test` prepares it, a bare pytest run makes it here."""
     prepared = Path(os.environ.get("CARE_TEST_MODEL", ROOT / "build" / "smollm2-135m"))
