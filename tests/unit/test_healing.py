@@ -88,10 +88,12 @@ def test_first_tokens_of_the_teacher(
     if count >= VOCABULARY:
         expected = whole
     else:
-        ids = teacher.topk(count, -1).indices
+        first = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bool).scatter(-1, teacher.topk(count, -1).indices, True)
         p, q = ((values / temperature).softmax(-1) for values in (teacher, logits))
-        p_top, q_top = p.gather(-1, ids), q.gather(-1, ids)
-        p_all, q_all = (torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1) for top in (p_top, q_top))
+        p_all, q_all = (
+            torch.cat([x[first].view(TOKENS, count), x[~first].view(TOKENS, -1).sum(-1, keepdim=True)], -1)
+            for x in (p, q)
+        )
         expected = temperature**2 * (p_all * (p_all.log() - q_all.log())).sum()
         assert 0 < found < whole + 1e-2
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -193,6 +195,19 @@ def test_a_mix_shares_blocks_out(text_file: Path) -> None:
     assert torch.equal(first, second)
     with pytest.raises(ConfigError, match="--tokens"):
         collect_blocks("copy:0.5,self:0.5", byte_tokenizer(), count=1, seqlen=SEQLEN, seed=0)
+
+
+@torch.no_grad()
+def test_hidden_states_of_an_export_are_compared_at_its_scale(
+    tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """An exact conversion has the teacher's streams, times what eps 1e-6 makes of them."""
+    source = tiny("llama", num_hidden_layers=2, num_key_value_heads=1, rms_norm_eps=1e-5)
+    recipe = {"rank": 16, "qk_rope_head_dim": 16, "ranks": "uniform", "rope": "stock"}
+    care_mla.convert(source, tmp_path / "mla", layout="mla", calibration={"samples": 4, "seqlen": 16}, **recipe)
+    care_mla.export(tmp_path / "mla", tmp_path / "stock")
+    exact = Distillation(_pupil(tmp_path / "stock"), care_mla.load(source), HealSettings())
+    assert exact(IDS, POSITIONS, None, None, "hidden")[0] < 1e-6
 
 
 # --- pupil ------------------------------------------------------------------------------------------------------------
