@@ -25,17 +25,18 @@ from care_mla.pipeline import convert_and_heal, healing
 
 IDS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
 STEPS, BATCH_SIZE, SEQLEN = 6, 4, 32
+SETTINGS: dict[str, Any] = {
+    "tokens": STEPS * BATCH_SIZE * SEQLEN, "batch_size": BATCH_SIZE, "seqlen": SEQLEN, "lr": 5e-4, "eval_blocks": 2,
+    "eval_every": 2, "precision": "float32", "device": "cpu",
+}  # fmt: skip
+"""Six steps, evaluated after every second."""
 Converted = Callable[[str], Path]
 Heal = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def settings(text_file: Path) -> dict[str, Any]:
-    """Six steps, evaluated after every second."""
-    return {
-        "data": str(text_file), "tokens": STEPS * BATCH_SIZE * SEQLEN, "batch_size": BATCH_SIZE, "seqlen": SEQLEN,
-        "lr": 5e-4, "eval_blocks": 2, "eval_every": 2, "precision": "float32", "device": "cpu",
-    }  # fmt: skip
+    return {**SETTINGS, "data": str(text_file)}
 
 
 @pytest.fixture
@@ -217,3 +218,166 @@ def test_conversion_heals_as_its_last_stage(care: Callable[..., str], converted:
     words = ["--calibration", text_file, "--samples", 4, "--heal-tokens", "2k", "--heal-data", "copy"]
     assert "held-out text" in care("convert", converted("source"), "--out", tmp_path / "two", *_words(recipe), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "two"]
+
+
+# --- killed and gone on with ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from care_mla.cli import main
+from care_mla.healing import loop, state
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+step, save = loop.Run.step, state._save
+where, number = sys.argv.pop(1), int(sys.argv.pop(1))
+if where == "step":
+    loop.Run.step = lambda run: die() if run.progress.step == number else step(run)
+else:
+    state._save = lambda values, directory: (save(values, directory), directory.name.startswith(f"{where}{number}") and die())
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["step 5", "step- 4", "step 1", "step- 0"])
+def test_killed_and_resumed_is_bit_for_bit_the_same(
+    moment: str, heal: Heal, converted: Converted, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Killed in a step, and while a state is written."""
+    whole = heal(out="whole")
+    words = [sys.executable, "-c", KILLED, *moment.split(), "heal", converted("joint"), "--out", tmp_path / "out"]
+    killed = subprocess.run([*words, *_words(settings)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.healing", "whole"]
+    with pytest.raises(HealingError, match="another lr"):
+        heal(resume=True, lr=1e-4)
+    with pytest.raises(HealingError, match="--resume"):
+        heal()
+    resumed = care_mla.heal(converted("joint"), tmp_path / "out", resume=True, device="cpu")
+    assert resumed["evaluations"] == whole["evaluations"]
+    assert _steps(tmp_path / "out") == _steps(tmp_path / "whole")
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_saving_changes_nothing(heal: Heal, tmp_path: Path) -> None:
+    """torch initializes an optimizer by stepping it; that step must not count."""
+    often, once = (_steps(tmp_path / heal_out) for heal_out in ("often", "once") if heal(
+        out=heal_out, eval_every={"often": 1, "once": 6}[heal_out]))  # fmt: skip
+    assert [line for line in often if "loss" in line] == [line for line in once if "loss" in line]
+
+
+def test_damaged_state(heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HealingError, match="no run to resume"):
+        heal(resume=True)
+    monkeypatch.setattr(loop.Run, "step", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        heal()
+    monkeypatch.undo()
+    for path in (tmp_path / "out.healing" / "step-0").glob("*.distcp"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(HealingError, match=r"step-0 cannot be read .* --overwrite"):
+        heal(resume=True)
+    assert heal(overwrite=True)["step"] == STEPS
+
+
+def _interrupt(run: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupt_keeps_the_state(
+    converted: Converted, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    words = _words({**settings, "tokens": "100M", "eval_every": 1})
+    command = [sys.executable, "-m", "care_mla.cli", "heal", converted("joint"), "--out", tmp_path / "out", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out.healing/step-*[0-9]")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "interrupted" in errors and f"{tmp_path / 'out.healing'} holds" in errors and "--resume" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+SEVERAL = """
+import json, sys
+import torch
+import care_mla
+from accelerate.state import PartialState
+from care_mla.errors import ConversionError
+
+torch.set_num_threads(1)
+PartialState.destroy_process_group = lambda self, group=None: None  # one group for all runs
+for run in json.loads(open(sys.argv[1]).read()):
+    try:
+        care_mla.heal(**run)
+    except ConversionError as error:
+        open(run["out"] + ".error", "w").write(str(error))
+"""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("joint", {}),
+    "micro-batches": ("mla", {"micro_batch_size": 1, "train": "attention"}),
+    "all": ("joint", {"train": "all"}),
+    "export": ("stock", {"micro_batch_size": 1}),
+    "first tokens": ("joint", {"teacher_top_k": 8}),
+    "layers": ("joint", {"layerwise": "attention", "layerwise_tokens": 256}),
+    "hidden": ("joint", {"layerwise": "hidden", "layerwise_tokens": 256, "train": "all", "micro_batch_size": 1}),
+    "checkpointed": ("split", {"gradient_checkpointing": True}),
+    "too few": ("joint", {"batch_size": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def several(converted: Converted, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """All variants, replicated and sharded, trained by two processes that one torchrun starts."""
+    directory = tmp_path_factory.mktemp("several")
+    runs = [
+        {**SETTINGS, **changes, "data": str(text_file), "model": str(converted(kind)), "out": str(directory / f"{name}-{shard}"), "shard": shard}
+        for name, (kind, changes) in VARIANTS.items() for shard in (False, True)
+    ]  # fmt: skip
+    (directory / "runs.json").write_text(json.dumps(runs))
+    (directory / "several.py").write_text(SEVERAL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run([*torchrun, directory / "several.py", directory / "runs.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return lambda name, shard: directory / f"{name}-{shard}"
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "too few"])
+def test_two_processes_are_one(
+    name: str, shard: bool, several: Callable[..., Path], heal: Heal, tmp_path: Path
+) -> None:
+    kind, changes = VARIANTS[name]
+    one = heal(kind, **changes)
+    two = json.loads((several(name, shard) / "care_heal.json").read_text())
+    assert two["processes"] == 2
+    _assert_same_run(one, two, rel=1e-3)
+    for a, b in zip(_steps(tmp_path / "out"), _steps(several(name, shard)), strict=True):
+        assert a == b or a.get("loss") == pytest.approx(b.get("loss"), rel=1e-3)
+    alone, together = _weights(tmp_path / "out"), _weights(several(name, shard))
+    assert alone.keys() == together.keys()
+    for weight in alone:
+        torch.testing.assert_close(alone[weight], together[weight], atol=1e-4, rtol=0)
+
+
+def test_a_batch_is_shared_out_evenly(several: Callable[..., Path]) -> None:
+    path = several("too few", True)
+    assert path.with_name(f"{path.name}.error").read_text() == "--batch-size 3 is not a multiple of the 2 processes"
+    assert not path.exists()
+
+
+def test_torchrun_of_the_command(converted: Converted, settings: dict[str, Any], tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [*torchrun, "care_mla.cli", "heal", converted("joint"), "--out", tmp_path / "out", *_words(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out text") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
