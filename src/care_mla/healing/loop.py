@@ -233,12 +233,11 @@ class Run:
     def resume(self) -> None:
         """Go on from the saved state, if there is one: metrics of steps that will be done again are struck out."""
         saved = self.state.load(self.module, self.optimizer)
-        if saved is None:
-            return
-        self.progress = saved
+        done = -1 if saved is None else saved.step
+        self.progress = saved or self.progress
         path = self.metrics
         if is_main() and path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= saved.step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def train_all(self, meter: Meter) -> Progress:
