@@ -160,9 +160,7 @@ def test_documents_are_apart_in_sources(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["joint", "split", "mla", "stock"])
 @pytest.mark.parametrize("training", [False, True])
-def test_documents_are_apart_in_converted_models(
-    kind: str, training: bool, converted: Callable[[str], Path]
-) -> None:
+def test_documents_are_apart_in_converted_models(kind: str, training: bool, converted: Callable[[str], Path]) -> None:
     _assert_documents_are_apart(_pupil(converted(kind)).model if training else care_mla.load(converted(kind)))
 
 
