@@ -1,6 +1,6 @@
 """Healing: a converted model is trained back toward its teacher on accelerate, FSDP2 and torch's distributed checkpoint."""
 
-from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack
+from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack, packed_inputs
 from care_mla.healing.distillation import Distillation
 from care_mla.healing.loop import Run, autocast, is_bfloat16, is_out_of_memory, spread
 from care_mla.healing.state import full_trained_state, is_main, on_main
@@ -25,6 +25,7 @@ __all__ = [
     "make_pupil",
     "on_main",
     "pack",
+    "packed_inputs",
     "set_trained",
     "share_teacher",
     "shrink_frozen",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from care_mla.config import HealSettings
 from care_mla.errors import ConfigError
+from care_mla.healing.blocks import packed_inputs
 from care_mla.healing.losses import CHUNK, TopTarget, losses, next_tokens, relative_square_error, top_target
 from care_mla.healing.student import Pupil, Runs
 
@@ -64,7 +65,7 @@ class Distillation(nn.Module):
         elif settings.kl_weight or evaluating:
             target = self.teacher_logits(input_ids, positions)
         with self._running("student"):
-            logits = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)
+            logits = self.model(**self._inputs(input_ids, positions)).logits.flatten(0, 1)
         weights = {name: getattr(settings, name) for name in ("kl_weight", "ce_weight", "temperature")}
         result = losses(logits, labels, target, with_ce=evaluating, **weights)
         teacher_ce = result.new_zeros(1)
@@ -77,7 +78,7 @@ class Distillation(nn.Module):
         """[batch * tokens, V]."""
         model = self.model if self.teacher is None else self.teacher
         with self._running("teacher"):
-            logits: Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+            logits: Tensor = model(**self._inputs(input_ids, positions)).logits
         return logits.flatten(0, 1)
 
     def teacher_top(self, input_ids: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -96,6 +97,9 @@ class Distillation(nn.Module):
         if switch is not None:
             switch.runs = "student"  # layers that are recomputed in the backward pass are the student's
 
+    def _inputs(self, input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        return packed_inputs(self.model, self.pupil.family, input_ids, positions)
+
     def _decoder(self) -> nn.Module:
         inner = self.model.get_submodule(self.pupil.inner) if self.pupil.inner else self.model
         return inner.base_model
@@ -106,7 +110,7 @@ class Distillation(nn.Module):
         assert switch is not None
         switch.errors = []
         with self._running("both"), torch.no_grad():
-            self._decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+            self._decoder()(**self._inputs(input_ids, positions))
         return torch.stack(switch.errors).mean()
 
     def _match_hidden_states(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class Distillation(nn.Module):
         handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
             with self._running(runs):
-                run(input_ids=input_ids, position_ids=positions, use_cache=False, **logits)
+                run(**self._inputs(input_ids, positions), **logits)
         finally:
             for handle in handles:
                 handle.remove()
