@@ -10,11 +10,13 @@ import torch
 from tiny import TINY, byte_tokenizer, tiny_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel
 
 import care_mla
 from care_mla.checkpoint import CheckpointReader
 from care_mla.config import HealSettings
 from care_mla.errors import CalibrationError, CheckpointError, ConfigError, HealingError
+from care_mla.families import get_family
 from care_mla.healing import (
     Blocks,
     Distillation,
@@ -24,11 +26,12 @@ from care_mla.healing import (
     held_out,
     make_pupil,
     pack,
+    packed_inputs,
     set_trained,
     share_teacher,
 )
 from care_mla.healing.losses import CHUNK, IGNORED, TopTarget, losses, next_tokens, top_target
-from care_mla.healing.student import Pupil
+from care_mla.healing.student import STOCK, Pupil
 
 TOKENS, VOCABULARY = 2 * CHUNK + 44, 50
 
@@ -142,10 +145,12 @@ def test_no_more_documents_are_read_than_needed() -> None:
 
 
 @torch.no_grad()
-def _assert_documents_are_apart(model: torch.nn.Module) -> None:
+def _assert_documents_are_apart(model: PreTrainedModel) -> None:
     blocks = pack(DOCUMENTS, SEQLEN, 3)
     ids, positions = blocks.input_ids.long(), blocks.positions.long()
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    config = model.config.get_text_config().to_dict()
+    family = STOCK if "kv_lora_rank" in config else get_family(config)
+    packed = model(**packed_inputs(model, family, ids, positions)).logits
     for row in range(len(ids)):
         starts = (positions[row] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], SEQLEN], strict=True):
