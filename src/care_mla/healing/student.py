@@ -115,8 +115,11 @@ def make_pupil(model: PreTrainedModel, family: FamilySpec, *, inner: str) -> Pup
     return pupil
 
 
-def share_teacher(pupil: Pupil, source: CheckpointReader, trained: Trained) -> bool:
+def share_teacher(pupil: Pupil, own: CheckpointReader, source: CheckpointReader, trained: Trained) -> bool:
     """Pair every attention with the source's, if everything else is the source's own and stays so.
+
+    Args:
+        own: checkpoint that the pupil was loaded from.
 
     Returns:
         Whether that was possible; if not, the teacher must be loaded as a model of its own.
@@ -124,14 +127,15 @@ def share_teacher(pupil: Pupil, source: CheckpointReader, trained: Trained) -> b
     Raises:
         CheckpointError: the source lacks weights of an attention.
     """
-    if trained == "all" or not pupil.inner or not _same_beside_attention(pupil, source):
+    if trained == "all" or not pupil.inner or not _same_beside_attention(pupil, own, source):
         return False
     config = AutoConfig.for_model(
         **{key: value for key, value in source.config.items() if key != "quantization_config"}
     )
     with torch.device("meta"):
         originals = AutoModelForCausalLM.from_config(config)
-    originals.config._attn_implementation = pupil.model.config._attn_implementation
+    # Not the wrapper's: sinks and soft-caps have attention functions of their own.
+    originals.config._attn_implementation = pupil.model.config.get_text_config()._attn_implementation
     switch = Switch()
     layers = originals.get_submodule(pupil.family.layers)
     assert isinstance(layers, nn.ModuleList)
@@ -147,19 +151,15 @@ def share_teacher(pupil: Pupil, source: CheckpointReader, trained: Trained) -> b
     return True
 
 
-def _same_beside_attention(pupil: Pupil, source: CheckpointReader) -> bool:
-    """Whether all weights outside the attentions are the source's (in the model's dtype)."""
-    inside = [f"{pupil.family.attention_name(layer)}." for layer in range(len(pupil.decoder_layers()))]
-    inner = pupil.model.get_submodule(pupil.inner) if pupil.inner else pupil.model
-    for name, parameter in inner.named_parameters():
-        if name.startswith(tuple(inside)):
-            continue
-        original = source.get(name)
-        if original is None or original.shape != parameter.shape:
-            return False
-        if not torch.equal(original.to(parameter.dtype), parameter.cpu()):
-            return False
-    return True
+def _same_beside_attention(pupil: Pupil, own: CheckpointReader, source: CheckpointReader) -> bool:
+    """Whether all weights outside the attentions are the source's; compared as stored, since models fuse experts in memory."""
+    inside = tuple(f"{pupil.family.attention_name(layer)}." for layer in range(len(pupil.decoder_layers())))
+    prefix = f"{pupil.inner}."
+    beside = {name for name in own.names if not name.removeprefix(prefix).startswith(inside)}
+    originals = {f"{prefix}{name}" for name in source.names if not name.startswith(inside)}
+    if beside != originals:
+        return False
+    return all(torch.equal(own[name].float(), source[name.removeprefix(prefix)].float()) for name in beside)
 
 
 def shrink_frozen(pupil: Pupil, dtype: torch.dtype) -> None:

@@ -422,13 +422,17 @@ def _make_run(
     train, evaluation = held_out(_text(opened, settings, work, track), settings.eval_blocks, settings.seed)
     family, inner = family_of(opened.reader.config)
     pupil = make_pupil(load(opened.directory, dtype=torch.float32), family, inner=inner)
-    shared = share_teacher(pupil, opened.teacher, settings.train)
+    shared = share_teacher(pupil, opened.reader, opened.teacher, settings.train)
     if settings.layerwise == "attention" and not shared:
         raise ConfigError(
             "--layerwise attention needs a teacher that differs in its attentions alone; use --layerwise hidden"
         )
     teacher = None if shared else load(opened.teacher.directory, dtype=torch.float32).requires_grad_(False)
     names = set_trained(pupil, settings.train)
+    if absent := set(names) - set(opened.reader.names):
+        raise ConfigError(
+            f"--train {settings.train} trains {min(absent)}, which {opened.directory} stores in another form; use --train attention"
+        )
     if settings.gradient_checkpointing:
         checkpoint_layers(pupil.model, pupil.decoder_layers())
     if is_bfloat16(accelerator.device, settings.precision) and not settings.shard:
