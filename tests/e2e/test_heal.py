@@ -248,7 +248,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("moment", ["step 5", "step- 4", "step 1", "step- 0"])
+@pytest.mark.parametrize("moment", ["step 5", "step- 4", "step- 0"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(
     moment: str, heal: Heal, converted: Converted, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -318,10 +318,19 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 import care_mla
+from care_mla.errors import HealingError
+from care_mla.healing import loop
+
+def interrupted(run):
+    if run.progress.step == 3:
+        raise HealingError("interrupted")
+    return step(run)
 
 torch.set_num_threads(1)
+step = loop.Run.step
 PartialState.destroy_process_group = lambda self, group=None: None  # one group for all runs
 for run in json.loads(Path(sys.argv[1]).read_text()):
+    loop.Run.step = interrupted if "interrupted" in run["out"] else step
     try:
         care_mla.heal(**run)
     except Exception as error:
@@ -334,6 +343,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "first tokens": ("joint", {"teacher_top_k": 8}),
     "layers": ("split", {"layerwise": "attention", "layerwise_tokens": 256, "gradient_checkpointing": True}),
     "all": ("joint", {"layerwise": "hidden", "layerwise_tokens": 256, "train": "all", "micro_batch_size": 1}),
+    "interrupted": ("joint", {"train": "attention"}),
     "uneven": ("joint", {"batch_size": 3}),
 }
 
@@ -357,7 +367,7 @@ def several(converted: Converted, text_file: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "uneven"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("interrupted", "uneven")])
 def test_two_processes_are_one(
     name: str, shard: bool, several: Callable[..., Path], heal: Heal, tmp_path: Path
 ) -> None:
@@ -373,6 +383,17 @@ def test_two_processes_are_one(
     assert alone.keys() == together.keys()
     for weight in alone:
         torch.testing.assert_close(alone[weight], together[weight], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_one_process_goes_on_with_what_two_began(
+    shard: bool, several: Callable[..., Path], heal: Heal, converted: Converted
+) -> None:
+    kind, changes = VARIANTS["interrupted"]
+    out = several("interrupted", shard)
+    resumed = care_mla.heal(converted(kind), out, resume=True, device="cpu")
+    assert resumed["processes"] == 1
+    _assert_same_run(heal(kind, **changes), resumed, rel=1e-3)
 
 
 def test_a_batch_is_shared_out_evenly(several: Callable[..., Path]) -> None:
@@ -458,6 +479,18 @@ def test_only_converted_models_are_healed(
         printed = care("heal", converted(model), "--out", out, *_words(settings), "--overwrite", code=1)
         assert message in printed and printed.count("\n") <= 2
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_are_fused_in_memory(
+    care: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Their teacher is shared all the same; to train them is refused before anything is trained."""
+    source, one_shot, out = tiny("mixtral", num_hidden_layers=2), tmp_path / "one", tmp_path / "out"
+    care_mla.convert(source, one_shot, calibration={"samples": 4, "seqlen": 16}, rank=8, method="svd", ranks="uniform")
+    assert "--train attention" in care("heal", one_shot, "--out", out, *_words(settings), "--train", "all", code=1)
+    assert not list(tmp_path.glob("out*"))
+    record = care_mla.heal(one_shot, out, **settings)
+    assert record["teacher"]["shares_weights"] and record["healed"]["kl"] < 0.97 * record["one_shot"]["kl"]
 
 
 def test_usage_errors(care: Callable[..., str], converted: Converted, tmp_path: Path) -> None:

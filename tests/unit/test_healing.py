@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import care_mla
 from care_mla.checkpoint import CheckpointReader
-from care_mla.config import HealSettings
+from care_mla.config import HealSettings, Trained
 from care_mla.errors import CalibrationError, CheckpointError, ConfigError, HealingError
 from care_mla.families import get_family
 from care_mla.healing import (
@@ -31,6 +31,7 @@ from care_mla.healing import (
     share_teacher,
 )
 from care_mla.healing.losses import CHUNK, IGNORED, TopTarget, losses, next_tokens, top_target
+from care_mla.healing.state import Progress, RunState
 from care_mla.healing.student import STOCK, Pupil
 
 TOKENS, VOCABULARY = 2 * CHUNK + 44, 50
@@ -224,25 +225,43 @@ def _pupil(directory: Path) -> Pupil:
     return make_pupil(care_mla.load(directory, dtype=torch.float32), family, inner=inner)
 
 
+def _share(pupil: Pupil, own: Path, source: Path, trained: Trained = "kv") -> bool:
+    return share_teacher(pupil, CheckpointReader(own), CheckpointReader(source), trained)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["joint", "split", "mla"])
 def test_one_model_holds_student_and_teacher(kind: str, converted: Callable[[str], Path]) -> None:
     pupil, source = _pupil(converted(kind)), converted("source")
-    assert share_teacher(pupil, CheckpointReader(source), "kv")
+    assert _share(pupil, converted(kind), source)
     both = Distillation(pupil, None, HealSettings())
     assert torch.equal(both.teacher_logits(IDS, POSITIONS), care_mla.load(source)(IDS).logits.flatten(0, 1))
     own = care_mla.load(converted(kind))(IDS).logits
     torch.testing.assert_close(pupil.model(IDS, use_cache=False).logits, own, atol=1e-5, rtol=0)
 
 
+def test_every_family_shares_its_teacher(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """One model holds both, attention stays within documents, and every factor gets a gradient."""
+    source, text = tiny(family), {"calibration": "copy", "samples": 2, "seqlen": 16}
+    care_mla.convert(source, tmp_path / "out", calibration=text, rank=8, method="svd", ranks="uniform", refit=False)
+    pupil = _pupil(tmp_path / "out")
+    assert _share(pupil, tmp_path / "out", source)
+    set_trained(pupil, "kv")
+    both = Distillation(pupil, None, HealSettings())
+    expected = care_mla.load(source)(**packed_inputs(pupil.model, pupil.family, IDS, POSITIONS)).logits
+    assert torch.equal(both.teacher_logits(IDS, POSITIONS), expected.flatten(0, 1))
+    _assert_documents_are_apart(pupil.model)
+    both(IDS, POSITIONS, None, None, "logits")[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in pupil.model.parameters() if p.requires_grad)
+
+
 def test_weights_that_differ_need_a_teacher_of_its_own(
     converted: Callable[[str], Path], tiny: Callable[..., Path]
 ) -> None:
-    other = CheckpointReader(tiny("llama", num_hidden_layers=2, seed=1))
-    assert not share_teacher(_pupil(converted("joint")), other, "kv")
-    same = CheckpointReader(converted("source"))
-    assert not share_teacher(_pupil(converted("joint")), same, "all")
-    assert not share_teacher(_pupil(converted("stock")), same, "kv")
+    joint, stock = converted("joint"), converted("stock")
+    assert not _share(_pupil(joint), joint, tiny("llama", num_hidden_layers=2, seed=1))
+    assert not _share(_pupil(joint), joint, converted("source"), "all")
+    assert not _share(_pupil(stock), stock, converted("source"))
 
 
 FACTORS = {
@@ -255,9 +274,9 @@ FACTORS = {
 
 @pytest.mark.parametrize("kind", FACTORS)
 @pytest.mark.parametrize("trained", ["kv", "attention", "all"])
-def test_train_says_what_trains(kind: str, trained: str, converted: Callable[[str], Path]) -> None:
+def test_train_says_what_trains(kind: str, trained: Trained, converted: Callable[[str], Path]) -> None:
     pupil = _pupil(converted(kind))
-    share_teacher(pupil, CheckpointReader(converted("source")), trained)
+    _share(pupil, converted(kind), converted("source"), trained)
     names = set_trained(pupil, trained)
     stored = set(CheckpointReader(converted(kind)).names)
     assert set(names) <= stored
@@ -269,6 +288,25 @@ def test_train_says_what_trains(kind: str, trained: str, converted: Callable[[st
     else:
         assert {name.split(".")[-2] for name in stored - set(names)} <= {"kv_a_layernorm"}
     assert len(names) == sum(parameter.requires_grad for parameter in pupil.model.parameters())
+
+
+def test_an_optimizer_that_was_saved_is_as_new(tmp_path: Path) -> None:
+    """torch makes an optimizer's state by a step of zero, which must not count as Adam's first."""
+
+    def steps(*, saved: bool) -> Tensor:
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        if saved:
+            RunState(tmp_path).save(model, optimizer, Progress())
+            RunState(tmp_path).load(model, optimizer)
+        for row in torch.eye(3):
+            model(row).square().sum().backward()
+            optimizer.step()
+        return model.weight.detach()
+
+    torch.testing.assert_close(steps(saved=True), steps(saved=False), rtol=0, atol=0)
 
 
 def test_only_converted_models_are_trained(converted: Callable[[str], Path]) -> None:
