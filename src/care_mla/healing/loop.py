@@ -8,7 +8,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,16 @@ from care_mla.healing.teacher import TopProbabilities
 from care_mla.progress import Meter
 
 
-class Wrapped(Protocol):
-    """A `Distillation`, possibly in a wrapper for several processes."""
-
-    def __call__(self, *inputs: Any) -> Tensor: ...
+SHORTEST_WARMUP = 8
 
 
 def scheduled(step: int, total: int, settings: HealSettings) -> float:
-    """Learning rate of a step (from 0) as a share of the highest: linear warm-up, then a cosine."""
-    rising = max(1, round(settings.warmup * total)) if settings.warmup else 0
+    """Learning rate of a step (from 0) as a share of the highest: linear warm-up, then a cosine.
+
+    A short run warms up for `SHORTEST_WARMUP` steps all the same: Adam's first steps move every weight by the whole rate,
+    whatever its gradient, and that alone can lose more than a short run brings back.
+    """
+    rising = max(round(settings.warmup * total), min(SHORTEST_WARMUP, total // 4)) if settings.warmup else 0
     if step < rising:
         return (step + 1) / rising
     done = (step - rising) / max(1, total - rising)
