@@ -25,7 +25,6 @@ from care_mla.healing.state import Progress, RunState, is_main
 from care_mla.healing.teacher import TopProbabilities
 from care_mla.progress import Meter
 
-
 SHORTEST_WARMUP = 8
 
 
