@@ -86,6 +86,7 @@ class Run:
         top: the teacher's stored probabilities of `train`; None runs the teacher.
         work: directory of the state and of what is left of bad batches.
         metrics: JSON lines, one a step and one an evaluation.
+        lr: highest learning rate, see `preconditioning`.
     """
 
     module: nn.Module
@@ -141,7 +142,7 @@ class Run:
         step, settings = self.progress.step, self.settings
         lr = self.lr * scheduled(step, self.steps, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         rows = Order(len(self.train), settings.batch_size, settings.seed).rows(step)
         tokens = rows.numel() * settings.seqlen
         parts, sums = self._own(rows), torch.zeros(len(LOSSES))

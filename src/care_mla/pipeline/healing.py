@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 BLOCKS_FILE = "blocks.safetensors"
 SETTINGS_FILE = "settings.json"
+SCALES_FILE = "scales.safetensors"
+SCALE_BLOCKS = 8
+"""Blocks of the training text on which inputs and outputs of the factors are measured (`healing.preconditioning`)."""
 
 MeterFactory = Callable[[int, str], AbstractContextManager[Meter]]
 """(total, unit) -> a meter for as long as the context lasts."""
@@ -128,9 +131,9 @@ def heal(
                 "--seqlen, or give --gradient-checkpointing or, over several devices, --shard; --resume goes on from the last saved state"
             ) from error
         raise
-    from care_mla.healing import full_trained_state
+    from care_mla.healing import full_trained_state, plain
 
-    state = full_trained_state(run.module)
+    state = plain(distillation, full_trained_state(run.module))
     best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
     record = {
         "format": "care-mla healing 1",
@@ -397,6 +400,8 @@ def _make_run(
         is_bfloat16,
         key_of,
         make_pupil,
+        parameter_groups,
+        precondition,
         set_trained,
         share_teacher,
         shrink_frozen,
@@ -421,10 +426,19 @@ def _make_run(
     if is_bfloat16(accelerator.device, settings.precision) and not settings.shard:
         shrink_frozen(pupil, torch.bfloat16)
     distillation = Distillation(pupil, teacher, settings)
+    measured = train[torch.linspace(0, len(train) - 1, min(len(train), SCALE_BLOCKS)).long()]
+
+    def read_measured() -> None:
+        with autocast(torch.device("cpu"), settings.precision):
+            for row in torch.arange(len(measured)).split(1):
+                distillation.student_logits(measured[row].input_ids.long(), measured[row].positions.long())
+
+    precondition(distillation, work / SCALES_FILE, read_measured)
     module = spread(distillation, accelerator, shard=settings.shard)
-    lr = settings.lr or settings.default_lr(opened.teacher.config["hidden_size"])
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    lr = settings.lr or settings.default_lr
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module), lr=lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
     top = None
     if settings.teacher_top_k:
         key = key_of(train, opened.teacher.fingerprint, settings.teacher_top_k, settings.temperature)
