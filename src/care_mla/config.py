@@ -131,7 +131,7 @@ class HealSettings(Settings):
         field: field of records that holds the text.
         tokens: budget; whole steps are taken.
         seqlen: tokens of a block.
-        batch_size: blocks of one optimizer step, over all processes.
+        batch_size: blocks of one optimizer step, over all processes. At a small budget many small steps learn most.
         micro_batch_size: blocks of one forward pass of one process; None: its whole share of the step.
         train: the factors of keys and values alone, whole attentions, or all weights.
         lr: highest learning rate, as the share by which one step changes what a weight gives; None: see `default_lr`.
@@ -156,7 +156,7 @@ class HealSettings(Settings):
     field: str | None = None
     tokens: int = Field(64_000, ge=1)
     seqlen: int = Field(256, ge=8)
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(1, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     train: Trained = "kv"
     lr: float | None = Field(None, gt=0.0)
@@ -193,4 +193,4 @@ class HealSettings(Settings):
     @property
     def default_lr(self) -> float:
         """Highest learning rate where none is given; relative (`healing.preconditioning`), so the same for all widths."""
-        return {"kv": 2e-3, "attention": 1e-3, "all": 5e-4}[self.train]
+        return {"kv": 3e-3, "attention": 1e-3, "all": 5e-4}[self.train]

@@ -98,7 +98,7 @@ def scales(model: nn.Module, run: Callable[[], None]) -> dict[str, Tensor]:
         else:
             left = rms.square().mean().sqrt().clamp_min(1e-30)
             right = (Q / variances.sqrt()).T / len(Q) ** 0.5
-        result |= {f"{name}.left": left.float().cpu(), f"{name}.right": right.float().contiguous().cpu()}
+        result |= {f"{name}.{side}": t.float().cpu().contiguous() for side, t in (("left", left), ("right", right))}
     return result
 
 
