@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import install_import_hook
 
@@ -25,6 +28,7 @@ import transformers
 from tiny import TINY, write_tiny_model
 
 import care_mla
+from care_mla.cli import main
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -47,6 +51,28 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Run `care ...` here; returns what it printed, after checking the exit code."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
+        try:
+            main()
+            found: object = 0
+        except SystemExit as stop:
+            found = stop.code or 0
+        printed = "".join(capsys.readouterr())
+        assert found == code, printed
+        return printed
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.fixture(params=sorted(TINY))
 def family(request: pytest.FixtureRequest) -> str:
     """Every family, by the name of its tiny configuration."""
@@ -61,6 +87,30 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         " ".join(f"line {i} of {i * i % 97} words, {chr(97 + i % 26) * (i % 7)}" for i in range(2000)), encoding="utf-8"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Path]:
+    """converted("joint") -> a small Llama in that layout; "source" it came from, "stock" as exported."""
+    directory = tmp_path_factory.mktemp("converted")
+
+    def make(kind: str) -> Path:
+        out = directory / kind
+        if out.exists():
+            return out
+        if kind == "source":
+            return write_tiny_model(out, "llama", num_hidden_layers=2)
+        if kind == "stock":
+            care_mla.export(make("mla"), out)
+            return out
+        text = {"calibration": str(text_file), "samples": 8, "seqlen": 32}
+        recipe: dict[str, Any] = {"method": "svd", "ranks": "uniform", "kv_save": 0.75}
+        if kind == "mla":
+            recipe |= {"method": "care", "kv_save": 0.5, "qk_rope_head_dim": 8, "rope": "stock"}
+        care_mla.convert(make("source"), out, layout=kind, calibration=text, **recipe)
+        return out
+
+    return make
 
 
 @pytest.fixture(scope="session")

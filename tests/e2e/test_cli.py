@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,34 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import care_mla
-from care_mla.cli import main
 
 CARE = [sys.executable, "-c", "from care_mla.cli import main; main()"]
 
 
 Care = Callable[..., str]
-
-
-@pytest.fixture
-def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Care]:
-    """Run `care ...` here; returns what it printed, after checking the exit code."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
-        try:
-            main()
-            found: object = 0
-        except SystemExit as stop:
-            found = stop.code or 0
-        printed = "".join(capsys.readouterr())
-        assert found == code, printed
-        return printed
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_the_whole_way(care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:

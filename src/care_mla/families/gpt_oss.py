@@ -6,6 +6,7 @@ GPT_OSS = FamilySpec(
     model_type="gpt_oss",
     qkv_bias="attention_bias",
     sinks=True,
+    masks_packed=False,
     full_attention_every=2,
     attention_kwargs={"sliding_window": "sliding_window"},
     config_defaults={

@@ -33,6 +33,7 @@ class FamilySpec:
         scale: config entry of an attention scale other than head_dim^-1/2. The value is taken from the attention module.
         soft_cap: config entry of a cap on attention scores. Also in attention_kwargs, which passes it on.
         sinks: whether the attention has a parameter `sinks`, one extra logit a head, which transformers' attention functions read.
+        masks_packed: whether transformers' model masks packed documents from each other where positions begin anew.
         use_rope: attribute of the attention module that is false in layers without RoPE.
         rope_layers: config entry with one flag a layer, 0 in those without RoPE.
         rope_by_layer_type: whether windowed and other layers turn at different frequencies, so that the rotary module asks for the
@@ -66,6 +67,7 @@ class FamilySpec:
     scale: str | None = None
     soft_cap: str | None = None
     sinks: bool = False
+    masks_packed: bool = True
     use_rope: str | None = None
     rope_layers: str | None = None
     rope_by_layer_type: bool = False

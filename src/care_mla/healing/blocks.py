@@ -1,16 +1,18 @@
 """Training text: documents packed into blocks of one length, in an order that a seed decides.
 
-Attention must not cross documents: positions start again at each, from which transformers makes the mask.
+Attention must not cross documents: positions start again at each, from which transformers makes the mask; see `packed_inputs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_masks_for_generate
 
 from care_mla.calibration.corpus import (
     COPY,
@@ -24,6 +26,7 @@ from care_mla.calibration.corpus import (
     tokenize,
 )
 from care_mla.errors import CalibrationError, ConfigError
+from care_mla.families import FamilySpec
 from care_mla.progress import Track, silent
 
 
@@ -78,6 +81,16 @@ def pack(documents: Iterable[Tensor], seqlen: int, max_blocks: int) -> Blocks:
     along = torch.arange(seqlen, dtype=torch.int32)
     begun = torch.where(flat == 0, along, torch.zeros_like(along)).cummax(1).values
     return Blocks(torch.cat(ids)[: count * seqlen].view(count, seqlen), along - begun)
+
+
+def packed_inputs(model: Any, family: FamilySpec, input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    """What a model is called with, so that attention stays within documents."""
+    inputs = {"input_ids": input_ids, "position_ids": positions, "use_cache": False}
+    if family.masks_packed:
+        return inputs
+    like = torch.empty(*input_ids.shape, 1, dtype=model.dtype, device=input_ids.device)
+    masks = create_masks_for_generate(model.config.get_text_config(), like, None, None, position_ids=positions)
+    return {**inputs, "attention_mask": masks}
 
 
 def collect_blocks(

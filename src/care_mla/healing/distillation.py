@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from care_mla.config import HealSettings
+from care_mla.errors import ConfigError
+from care_mla.healing.blocks import packed_inputs
 from care_mla.healing.losses import CHUNK, TopTarget, losses, next_tokens, relative_square_error, top_target
 from care_mla.healing.student import Pupil, Runs
 
@@ -24,6 +26,9 @@ class Distillation(nn.Module):
 
     Args:
         teacher: a model of its own; None where the student's model holds the teacher's attentions.
+
+    Raises:
+        ConfigError: hidden states are to be matched with a teacher of another depth or width.
     """
 
     def __init__(self, pupil: Pupil, teacher: PreTrainedModel | None, settings: HealSettings):
@@ -31,6 +36,14 @@ class Distillation(nn.Module):
         self.model = pupil.model
         self.teacher = teacher
         self.pupil, self.settings = pupil, settings
+        if teacher is not None and settings.layerwise == "hidden":
+            layers = len(pupil.decoder_layers()), len(pupil.layers_of(teacher))
+            widths = [model.config.get_text_config().hidden_size for model in (pupil.model, teacher)]
+            if layers[0] != layers[1] or widths[0] != widths[1]:
+                raise ConfigError(
+                    f"--layerwise hidden needs a teacher of the model's depth and width: the model has {layers[0]} layers of {widths[0]}, the teacher "
+                    f"{layers[1]} of {widths[1]}"
+                )
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, top: Tensor | None, ids: Tensor | None, phase: Phase
@@ -62,7 +75,7 @@ class Distillation(nn.Module):
     def student_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[batch * tokens, V]."""
         with self._running("student"):
-            logits: Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+            logits: Tensor = self.model(**self._inputs(input_ids, positions)).logits
         return logits.flatten(0, 1)
 
     @torch.no_grad()
@@ -70,7 +83,7 @@ class Distillation(nn.Module):
         """[batch * tokens, V]."""
         model = self.model if self.teacher is None else self.teacher
         with self._running("teacher"):
-            logits: Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+            logits: Tensor = model(**self._inputs(input_ids, positions)).logits
         return logits.flatten(0, 1)
 
     def teacher_top(self, input_ids: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +102,9 @@ class Distillation(nn.Module):
         if switch is not None:
             switch.runs = "student"  # layers that are recomputed in the backward pass are the student's
 
+    def _inputs(self, input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        return packed_inputs(self.model, self.pupil.family, input_ids, positions)
+
     def _decoder(self) -> nn.Module:
         inner = self.model.get_submodule(self.pupil.inner) if self.pupil.inner else self.model
         return inner.base_model
@@ -99,13 +115,13 @@ class Distillation(nn.Module):
         assert switch is not None
         switch.errors = []
         with self._running("both"), torch.no_grad():
-            self._decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+            self._decoder()(**self._inputs(input_ids, positions))
         return torch.stack(switch.errors).mean()
 
     def _match_hidden_states(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The student's own stream against the teacher's after every layer, mean over layers."""
         with torch.no_grad():
-            theirs = self._streams("teacher", input_ids, positions)
+            theirs = [self._stream_scale() * stream for stream in self._streams("teacher", input_ids, positions)]
         own = self._streams("student", input_ids, positions)
         return torch.stack([relative_square_error(a, b) for a, b in zip(own, theirs, strict=True)]).mean()
 
@@ -116,11 +132,23 @@ class Distillation(nn.Module):
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             streams.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [layer.register_forward_hook(keep) for layer in self.pupil.decoder_layers()]
+        run, layers = self._decoder(), self.pupil.decoder_layers()
+        logits: dict[str, int] = {}
+        if runs == "teacher" and self.teacher is not None:
+            run, layers = self.teacher, self.pupil.layers_of(self.teacher)
+            logits = {"logits_to_keep": 1}  # the whole model, which is one unit where it is sharded
+        handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
             with self._running(runs):
-                self._decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+                run(**self._inputs(input_ids, positions), **logits)
         finally:
             for handle in handles:
                 handle.remove()
         return streams
+
+    def _stream_scale(self) -> float:
+        """The student's stream over the teacher's: an exported one is scaled to another eps (`mapping.deepseek`)."""
+        if self.teacher is None or self.pupil.inner:
+            return 1.0
+        own, theirs = (model.config.get_text_config().rms_norm_eps for model in (self.model, self.teacher))
+        return float((own / theirs) ** 0.5)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from care_mla.config import HealSettings
 from care_mla.errors import HealingError
@@ -49,14 +49,20 @@ def spread(distillation: Distillation, accelerator: Accelerator, *, shard: bool)
     distillation.to(accelerator.device)
     if accelerator.num_processes == 1:
         return distillation
+    layerwise = distillation.settings.layerwise
     if not shard:
+        # Matching hidden states leaves the last norm and the head without a gradient.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=layerwise == "hidden")
         module: nn.Module = accelerator.prepare_model(distillation)
         return module
-    for layer in distillation.pupil.decoder_layers():
+    for layer, attention in zip(distillation.pupil.decoder_layers(), distillation.pupil.attentions(), strict=True):
+        if layerwise == "attention":
+            fully_shard(attention.student)  # has a backward pass of its own
         fully_shard(layer)
     if distillation.teacher is not None:
         fully_shard(distillation.teacher)
     fully_shard(distillation)
+    register_fsdp_forward_method(distillation, "teacher_top")
     return distillation
 
 
@@ -243,12 +249,11 @@ class Run:
     def resume(self) -> None:
         """Go on from the saved state, if there is one: metrics of steps that will be done again are struck out."""
         saved = self.state.load(self.module, self.optimizer)
-        if saved is None:
-            return
-        self.progress = saved
+        done = -1 if saved is None else saved.step
+        self.progress = saved or self.progress
         path = self.metrics
         if is_main() and path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= saved.step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def train_all(self, meter: Meter) -> Progress:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from care_mla.healing.state import is_main, wait
+from care_mla.healing.state import on_main
 from care_mla.healing.student import DOWN_FACTORS, KV_FACTORS
 
 SMALLEST = 1e-6
@@ -109,11 +109,14 @@ def precondition(model: nn.Module, path: Path, run: Callable[[], None]) -> None:
         path: where the scales are kept, or are from an earlier start of this run.
         run: passes of the model over some text.
     """
-    if is_main() and not path.is_file():
-        partial = path.with_suffix(".partial")
-        save_file(scales(model, run), partial)
-        partial.rename(path)
-    wait()
+
+    def measure() -> None:
+        if not path.is_file():
+            partial = path.with_suffix(".partial")
+            save_file(scales(model, run), partial)
+            partial.rename(path)
+
+    on_main(measure)
     found = load_file(path)
     for name, module in list(factors(model)):
         left, right = found[f"{name}.left"], found[f"{name}.right"]

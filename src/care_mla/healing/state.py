@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from care_mla.errors import HealingError
+from care_mla.errors import ConversionError, HealingError
 
 PROGRESS = "progress.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -66,6 +67,24 @@ def wait() -> None:
         dist.barrier()
 
 
+def on_main(action: Callable[[], None]) -> None:
+    """Let the main process act while the others wait; what it refuses is refused by all of them.
+
+    Raises:
+        ConversionError: of the action.
+    """
+    refused: list[ConversionError | None] = [None]
+    if is_main():
+        try:
+            action()
+        except ConversionError as error:
+            refused[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(refused, src=0)
+    if refused[0] is not None:
+        raise refused[0]
+
+
 def _save(values: dict[str, Any], directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process without a process group is what we mean
@@ -83,6 +102,18 @@ def trained_state(model: nn.Module, options: StateDictOptions = _TRAINED) -> dic
     trained = {name.removeprefix("module.") for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_model_state_dict(model, options=options)
     return {name: value for name, value in state.items() if name in trained}  # a frozen tied weight has a second name
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Of every trained weight; one that has not stepped yet is as new, though torch makes its state by a step of zero."""
+    fresh = not optimizer.state
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    if fresh:
+        for values in optimizer.state.values():
+            if "step" in values:
+                values["step"].zero_()
+        state = get_optimizer_state_dict(model, optimizer)
+    return state
 
 
 def full_trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -111,7 +142,7 @@ class RunState:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         wait()
-        _save({"model": trained_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, staging)
+        _save({"model": trained_state(model), "optimizer": optimizer_state(model, optimizer)}, staging)
         if is_main():
             (staging / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
@@ -126,7 +157,7 @@ class RunState:
         newest = self._newest()
         if newest is None:
             return None
-        values = {"model": trained_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        values = {"model": trained_state(model), "optimizer": optimizer_state(model, optimizer)}
         try:
             _load(values, newest)
             progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))

@@ -92,7 +92,11 @@ class Pupil:
 
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        layers = self.model.get_submodule(".".join(filter(None, (self.inner, self.family.layers))))
+        return self.layers_of(self.model.get_submodule(self.inner) if self.inner else self.model)
+
+    def layers_of(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers of a transformers model of this family, or of one that is built like it."""
+        layers = model.get_submodule(self.family.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_director
 from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import HealSettings
-from care_mla.errors import CheckpointError, ConfigError, HealingError
+from care_mla.errors import CheckpointError, ConfigError, ConversionError, HealingError
 from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, versions, write_json
 from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import saved_evaluations, write_report
@@ -98,6 +98,8 @@ def heal(
     chosen: HealSettings = HealSettings.make(**{**started["settings"], **settings})
     _require_settings(chosen)
     accelerator = _accelerator(device, log_with, out)
+    from care_mla.healing import full_trained_state, on_main, plain
+
     opened = _open(model, teacher or started["teacher_name"], name)
     require_elsewhere(out, opened.directory)
     require_elsewhere(out, opened.teacher.directory)
@@ -107,32 +109,23 @@ def heal(
         )
     if not accelerator.is_main_process:
         track, meter = silent, None
-    _prepare_work(
-        work, chosen, opened, started if resume else None, overwrite=overwrite, main=accelerator.is_main_process
-    )
-    accelerator.wait_for_everyone()
-    run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
-    if resume:
-        run.resume()
-    if log_with is not None:
-        accelerator.init_trackers("care-heal", config=chosen.model_dump(mode="json", exclude={"betas"}))
-    try:
+    on_main(lambda: _prepare_work(work, chosen, opened, started if resume else None, overwrite=overwrite))
+    with _memory_named(chosen):
+        try:
+            run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
+        except ConversionError:
+            if not resume:  # nothing to go on from
+                on_main(lambda: shutil.rmtree(work))
+            raise
+        if resume:
+            run.resume()
+        if log_with is not None:
+            accelerator.init_trackers("care-heal", config=chosen.model_dump(mode="json", exclude={"betas"}))
         if meter is None:
             progress = run.train_all(silent_meter)
         else:
             with meter(run.steps * chosen.batch_size * chosen.seqlen, "tokens") as show:
                 progress = run.train_all(show)
-    except RuntimeError as error:
-        from care_mla.healing import is_out_of_memory
-
-        if is_out_of_memory(error):
-            raise HealingError(
-                f"out of memory in step {run.progress.step}: lower --micro-batch-size (now {chosen.micro_batch_size or chosen.batch_size} blocks) or "
-                "--seqlen, or give --gradient-checkpointing or, over several devices, --shard; --resume goes on from the last saved state"
-            ) from error
-        raise
-    from care_mla.healing import full_trained_state, plain
-
     state = plain(distillation, full_trained_state(run.module))
     best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
     record = {
@@ -156,12 +149,29 @@ def heal(
         "healed": best,
         "versions": versions(),
     }
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite)
-        shutil.rmtree(work)
-    accelerator.wait_for_everyone()
+    on_main(lambda: _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite))
+    on_main(lambda: shutil.rmtree(work))
+    accelerator.end_training()  # and with it the process group
     return record
+
+
+@contextmanager
+def _memory_named(settings: HealSettings) -> Iterator[None]:
+    """
+    Raises:
+        HealingError: memory is short; what to lower.
+    """
+    from care_mla.healing import is_out_of_memory
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HealingError(
+            f"out of memory: lower --micro-batch-size (now {settings.micro_batch_size or settings.batch_size} blocks) or --seqlen, or give "
+            "--gradient-checkpointing or, over several devices, --shard; --resume goes on from the last saved state"
+        ) from error
 
 
 def healing_directory(out: str | Path) -> Path:
@@ -323,7 +333,7 @@ def _started(work: Path) -> dict[str, Any]:
 
 
 def _prepare_work(
-    work: Path, settings: HealSettings, opened: _Opened, started: dict[str, Any] | None, *, overwrite: bool, main: bool
+    work: Path, settings: HealSettings, opened: _Opened, started: dict[str, Any] | None, *, overwrite: bool
 ) -> None:
     """The directory of a run's state; what is in it must be of the same run.
 
@@ -349,21 +359,23 @@ def _prepare_work(
         return
     if work.exists() and not overwrite:
         raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
-    if main:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_json(work / SETTINGS_FILE, identity)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / SETTINGS_FILE, identity)
 
 
 def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> Blocks:
     """All blocks of the run, held-out ones included; made once, by the main process."""
     from care_mla.calibration import load_tokenizer
     from care_mla.calibration.corpus import SELF, parse_spec
-    from care_mla.healing import Blocks, collect_blocks, is_main, wait
+    from care_mla.healing import Blocks, collect_blocks, on_main
     from care_mla.modeling import load
 
     path = work / BLOCKS_FILE
-    if is_main() and not path.is_file():
+
+    def collect() -> None:
+        if path.is_file():
+            return
         from_model = any(part.name == SELF for part in parse_spec(settings.data))
         blocks = collect_blocks(
             settings.data,
@@ -377,7 +389,8 @@ def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> 
         )
         save_file(blocks.to_tensors(), path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
-    wait()
+
+    on_main(collect)
     return Blocks(**load_file(path))
 
 
