@@ -123,10 +123,6 @@ class Recipe(Settings):
         return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling, self.centre)
 
 
-REFERENCE_WIDTH = 576
-"""Hidden size at which the default learning rates were measured (docs/healing.md)."""
-
-
 class HealSettings(Settings):
     """How a converted model is trained back toward its teacher.
 
@@ -135,10 +131,10 @@ class HealSettings(Settings):
         field: field of records that holds the text.
         tokens: budget; whole steps are taken.
         seqlen: tokens of a block.
-        batch_size: blocks of one optimizer step, over all processes.
+        batch_size: blocks of one optimizer step, over all processes. At a small budget many small steps learn most.
         micro_batch_size: blocks of one forward pass of one process; None: its whole share of the step.
         train: the factors of keys and values alone, whole attentions, or all weights.
-        lr: highest learning rate; None: see `default_lr`.
+        lr: highest learning rate, as the share by which one step changes what a weight gives; None: see `default_lr`.
         warmup: share of the steps in which it rises; it falls along a cosine to `lr_floor` of it.
         weight_decay, clip, betas: of AdamW; largest norm of the gradient.
         kl_weight, ce_weight, temperature: beta, weight of the cross entropy, and tau of L = CE + beta tau^2 KL (Eq. 6-8).
@@ -160,7 +156,7 @@ class HealSettings(Settings):
     field: str | None = None
     tokens: int = Field(64_000, ge=1)
     seqlen: int = Field(256, ge=8)
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(1, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     train: Trained = "kv"
     lr: float | None = Field(None, gt=0.0)
@@ -194,6 +190,7 @@ class HealSettings(Settings):
         """Steps of the layer-wise phase."""
         return self.layerwise_tokens // (self.batch_size * self.seqlen) if self.layerwise else 0
 
-    def default_lr(self, hidden_size: int) -> float:
-        """Highest learning rate where none is given: Adam's steps shrink as 1 / width (muP, arXiv 2203.03466)."""
-        return {"kv": 1e-3, "attention": 5e-4, "all": 1e-4}[self.train] * REFERENCE_WIDTH / hidden_size
+    @property
+    def default_lr(self) -> float:
+        """Highest learning rate where none is given; relative (`healing.preconditioning`), so the same for all widths."""
+        return {"kv": 3e-3, "attention": 1e-3, "all": 5e-4}[self.train]

@@ -3,6 +3,7 @@
 from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack, packed_inputs
 from care_mla.healing.distillation import Distillation
 from care_mla.healing.loop import Run, autocast, is_bfloat16, is_out_of_memory, spread
+from care_mla.healing.preconditioning import parameter_groups, plain, precondition
 from care_mla.healing.state import full_trained_state, is_main, on_main
 from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher, shrink_frozen
 from care_mla.healing.teacher import key_of, store, stored
@@ -26,6 +27,9 @@ __all__ = [
     "on_main",
     "pack",
     "packed_inputs",
+    "parameter_groups",
+    "plain",
+    "precondition",
     "set_trained",
     "share_teacher",
     "shrink_frozen",

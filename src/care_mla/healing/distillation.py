@@ -64,14 +64,19 @@ class Distillation(nn.Module):
             target = TopTarget(top.flatten(0, 1), ids.flatten(0, 1))
         elif settings.kl_weight or evaluating:
             target = self.teacher_logits(input_ids, positions)
-        with self._running("student"):
-            logits = self.model(**self._inputs(input_ids, positions)).logits.flatten(0, 1)
+        logits = self.student_logits(input_ids, positions)
         weights = {name: getattr(settings, name) for name in ("kl_weight", "ce_weight", "temperature")}
         result = losses(logits, labels, target, with_ce=evaluating, **weights)
         teacher_ce = result.new_zeros(1)
         if evaluating and isinstance(target, Tensor):
             teacher_ce = losses(target, labels, None, with_ce=True, **weights)[2:]
         return torch.cat([result, teacher_ce])
+
+    def student_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[batch * tokens, V]."""
+        with self._running("student"):
+            logits: Tensor = self.model(**self._inputs(input_ids, positions)).logits
+        return logits.flatten(0, 1)
 
     @torch.no_grad()
     def teacher_logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Progress:
         skipped: steps with a non-finite loss or gradient.
         seconds: spent in training steps.
         stale: evaluations since the best one.
-        best_step: of the evaluation with the smallest KL.
+        best_step: of the evaluation that lost least.
         evaluations: of held-out text, by step; the first is the model as it came.
         rng: state of torch's generator, base 16.
     """

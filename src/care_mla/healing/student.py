@@ -30,6 +30,8 @@ STUDENT = "student"
 
 KV_FACTORS = ("kv_a_proj", "k_b_proj", "v_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """Modules of a converted attention that make its keys and values: what `train = kv` trains."""
+DOWN_FACTORS = ("kv_a_proj", "kv_a_proj_with_mqa")
+"""Those that make latents."""
 NEVER_TRAINED = ("q_a_layernorm", "q_a_proj")
 """Of an exported checkpoint: they hand x through to q_b_proj, exactly."""
 

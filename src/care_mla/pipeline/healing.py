@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 BLOCKS_FILE = "blocks.safetensors"
 SETTINGS_FILE = "settings.json"
+SCALES_FILE = "scales.safetensors"
+SCALE_BLOCKS = 8
+"""Blocks of the training text on which inputs and outputs of the factors are measured (`healing.preconditioning`)."""
 
 MeterFactory = Callable[[int, str], AbstractContextManager[Meter]]
 """(total, unit) -> a meter for as long as the context lasts."""
@@ -95,7 +98,7 @@ def heal(
     chosen: HealSettings = HealSettings.make(**{**started["settings"], **settings})
     _require_settings(chosen)
     accelerator = _accelerator(device, log_with, out)
-    from care_mla.healing import full_trained_state, on_main
+    from care_mla.healing import full_trained_state, on_main, plain
 
     opened = _open(model, teacher or started["teacher_name"], name)
     require_elsewhere(out, opened.directory)
@@ -123,7 +126,7 @@ def heal(
         else:
             with meter(run.steps * chosen.batch_size * chosen.seqlen, "tokens") as show:
                 progress = run.train_all(show)
-    state = full_trained_state(run.module)
+    state = plain(distillation, full_trained_state(run.module))
     best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
     record = {
         "format": "care-mla healing 1",
@@ -410,6 +413,8 @@ def _make_run(
         is_bfloat16,
         key_of,
         make_pupil,
+        parameter_groups,
+        precondition,
         set_trained,
         share_teacher,
         shrink_frozen,
@@ -438,10 +443,19 @@ def _make_run(
     if is_bfloat16(accelerator.device, settings.precision) and not settings.shard:
         shrink_frozen(pupil, torch.bfloat16)
     distillation = Distillation(pupil, teacher, settings)
+    measured = train[torch.linspace(0, len(train) - 1, min(len(train), SCALE_BLOCKS)).long()]
+
+    def read_measured() -> None:
+        with autocast(torch.device("cpu"), settings.precision):
+            for row in torch.arange(len(measured)).split(1):
+                distillation.student_logits(measured[row].input_ids.long(), measured[row].positions.long())
+
+    precondition(distillation, work / SCALES_FILE, read_measured)
     module = spread(distillation, accelerator, shard=settings.shard)
-    lr = settings.lr or settings.default_lr(opened.teacher.config["hidden_size"])
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    lr = settings.lr or settings.default_lr
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module), lr=lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
     top = None
     if settings.teacher_top_k:
         key = key_of(train, opened.teacher.fingerprint, settings.teacher_top_k, settings.temperature)
