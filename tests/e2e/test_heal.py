@@ -26,7 +26,7 @@ from care_mla.pipeline import convert_and_heal, healing
 IDS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
 STEPS, BATCH_SIZE, SEQLEN = 6, 4, 32
 SETTINGS: dict[str, Any] = {
-    "tokens": STEPS * BATCH_SIZE * SEQLEN, "batch_size": BATCH_SIZE, "seqlen": SEQLEN, "lr": 5e-4, "eval_blocks": 2,
+    "tokens": STEPS * BATCH_SIZE * SEQLEN, "batch_size": BATCH_SIZE, "seqlen": SEQLEN, "lr": 5e-3, "eval_blocks": 2,
     "eval_every": 2, "precision": "float32", "device": "cpu",
 }  # fmt: skip
 """Six steps, evaluated after every second."""
