@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import care_mla
 from care_mla.errors import HealingError
@@ -165,13 +166,30 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(changes: dict[s
     _assert_same_run(plain, heal(out="micro", micro_batch_size=3, **changes))
 
 
+def test_gradient_checkpointing_runs_layers_again(
+    heal: Heal, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted("joint")
+    runs, forward = [0], LlamaMLP.forward
+
+    def counted(mlp: LlamaMLP, hidden_states: Tensor) -> Tensor:
+        runs[-1] += 1
+        return forward(mlp, hidden_states)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    heal()
+    runs.append(0)
+    heal(out="checkpointed", gradient_checkpointing=True)
+    assert runs[1] == runs[0] + 2 * STEPS
+
+
 @pytest.mark.parametrize(("kind", "trained"), [("joint", "kv"), ("mla", "attention"), ("stock", "kv")])
 def test_stored_probabilities_stand_for_the_teacher(
     kind: str, trained: str, heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them: the same run. A few: another loss, from a file that a second run reads."""
     _assert_same_run(heal(kind, train=trained), heal(kind, "stored", train=trained, teacher_top_k=300))
-    few = {"train": trained, "teacher_top_k": 8, "teacher_logits": tmp_path / "logits", "temperature": 2.0}
+    few = {"train": trained, "teacher_top_k": 8, "teacher_logits": tmp_path / "logits", "temperature": 2.0, "lr": 1e-3}
     first = heal(kind, "few", **few)
     assert first["healed"]["kl"] < first["one_shot"]["kl"]
     (file,) = (tmp_path / "logits").iterdir()
@@ -203,7 +221,7 @@ def test_layers_are_matched_first(kind: str, layerwise: str, trained: str, heal:
 
 
 def test_text_from_the_teacher_itself(heal: Heal) -> None:
-    record = heal(data="self", tokens=2 * BATCH_SIZE * SEQLEN)
+    record = heal(data="self", tokens=2 * BATCH_SIZE * SEQLEN, lr=1e-3)
     assert record["text"] == {"tokens": 2 * BATCH_SIZE * SEQLEN, "held_out_tokens": 2 * SEQLEN}
     assert record["healed"]["kl"] < record["one_shot"]["kl"]
 
@@ -494,7 +512,8 @@ def test_experts_that_are_fused_in_memory(
 
 
 def test_usage_errors(care: Callable[..., str], converted: Converted, tmp_path: Path) -> None:
-    assert "64k or 0.25M" in care("heal", converted("joint"), "--out", tmp_path / "out", "--tokens", "many", code=2)
+    for tokens in ("many", "", "nan", "inf"):
+        assert "64k or 0.25M" in care("heal", converted("joint"), "--out", tmp_path / "out", "--tokens", tokens, code=2)
     assert "--out" in care("heal", converted("joint"), code=2)
     assert "--heal-tokens" in care(
         "convert", converted("source"), "--out", tmp_path / "out", "--heal-data", "copy", code=2
