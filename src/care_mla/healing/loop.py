@@ -198,9 +198,9 @@ class Run:
 
         Returns:
             kl: to the teacher, that is E[log p_t / p_s] over the teacher's own next tokens; gap: the same over the text's
-            next tokens, ce - teacher_ce; lost: their mean, by which the best state is chosen. The KL alone would not do: it
-            is blind to which errors matter on text. Nor would the gap: it is noisy, and a student that learns the text
-            rather than the teacher closes it.
+            next tokens, ce - teacher_ce; lost: their mean (a negative gap, of a student that learnt the text rather than the
+            teacher, counts as none), by which the best state is chosen. The KL alone is blind to which errors matter on
+            text, the gap alone is noisy.
         """
         sums = torch.zeros(len(LOSSES))
         own = torch.arange(len(self.held_out))
@@ -216,7 +216,7 @@ class Run:
             "ce": ce / predicted,
             "teacher_ce": teacher_ce / predicted,
             "gap": gap,
-            "lost": (kl + gap) / 2,
+            "lost": (kl + max(gap, 0.0)) / 2,
         }
 
     def _look(self) -> bool:
