@@ -47,7 +47,7 @@ class CalibrationSettings(Settings):
         calibration: SPEC, see `calibration.corpus.make_windows`.
         field: field of records that holds the text.
         pack: windows at random positions of the joined text; otherwise one padded window a document.
-        inputs: also collect the D x D input moment, for care_c.
+        inputs: also collect the D x D input moment, for care_c and low-rank queries.
         fisher: also run a backward pass and collect Fisher statistics, for method fisher.
     """
 
@@ -75,6 +75,7 @@ class Recipe(Settings):
             stock as many as share a rotary pair and at least 2, unless every pair is kept.
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
             where the method does not predict.
+        q_lora_rank: rank of the queries in layout mla, see `mapping.queries`; None: exact.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `LOW_BUDGET_FROM` saving on.
@@ -100,6 +101,7 @@ class Recipe(Settings):
     rope: RopeMode = "free"
     freq_fold: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    q_lora_rank: int | None = Field(None, ge=1)
     context: int = Field(8192, ge=2)
     refit: bool | None = None
     refit_tokens: int = Field(8192, ge=1)

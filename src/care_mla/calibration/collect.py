@@ -95,7 +95,7 @@ def collect_moments(
     """Moments of every layer from one forward pass over the windows; nothing but the sums is kept.
 
     Args:
-        with_inputs: also E[x x^T], for care_c.
+        with_inputs: also E[x x^T], for care_c and low-rank queries.
 
     Raises:
         CalibrationError: non-finite activations, with the layer named.

@@ -24,7 +24,8 @@ def calibrate(
     batch_size: options.BatchSize = None,
     pack: options.Pack = None,
     inputs: Annotated[
-        bool | None, typer.Option("--inputs", help="Also collect D x D input moments, for method care_c.")
+        bool | None,
+        typer.Option("--inputs", help="Also collect D x D input moments, for method care_c and --q-lora-rank."),
     ] = None,
     fisher: Annotated[
         bool | None,

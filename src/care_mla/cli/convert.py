@@ -90,6 +90,9 @@ def convert(
     context: Annotated[
         int | None, typer.Option("--context", help="Layout mla: positions attention must span.  [default: 8192]")
     ] = None,
+    q_lora_rank: Annotated[
+        int | None, typer.Option("--q-lora-rank", help="Layout mla: rank of the queries.  [default: exact queries]")
+    ] = None,
     refit: Annotated[
         bool | None,
         typer.Option(
@@ -136,6 +139,7 @@ def convert(
         freq_fold=freq_fold,
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,
+        q_lora_rank=q_lora_rank,
         refit=refit,
         refit_tokens=refit_tokens,
         refit_ridge=refit_ridge,
@@ -159,7 +163,8 @@ def convert(
 def recipe_name(recipe: dict[str, Any]) -> str:
     """What was done, in a line."""
     refit = ", output projections refitted" if recipe["refit"] else ""
-    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{refit}"
+    queries = f", queries of rank {recipe['q_lora_rank']}" if recipe["q_lora_rank"] is not None else ""
+    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{queries}{refit}"
 
 
 def _rotary_row(manifest: dict[str, Any]) -> str:
@@ -187,8 +192,10 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
     if recipe["layout"] == "mla":
         table.add_row("rotary key", _rotary_row(manifest))
-    for block, name in (("k", "keys"), ("v", "values")):
-        errors = [layer["relative_error"][block] for layer in layers]
+    for block, name in (("k", "keys"), ("v", "values"), ("q", "queries")):
+        errors = [layer["relative_error"][block] for layer in layers if block in layer["relative_error"]]
+        if not errors:
+            continue
         table.add_row(
             f"relative error of {name}",
             f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",

@@ -18,11 +18,12 @@ from care_mla.config import CalibrationSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families.spec import Projection
 from care_mla.linalg import Factors
-from care_mla.mapping import AttentionWeights, dense_projections, latent_tensors, mla_tensors
+from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
 from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, versions, write_json
 from care_mla.pipeline.evaluation import write_report
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
+from care_mla.pipeline.queries import low_rank_queries, require_query_statistics
 from care_mla.pipeline.source import Source, open_source, require_elsewhere
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
@@ -66,8 +67,9 @@ def convert(
             "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
         )
     method = get_method(chosen.method)
+    needs_inputs = method.needs_inputs or chosen.q_lora_rank is not None
     settings: CalibrationSettings = CalibrationSettings.make(
-        **{"inputs": method.needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
+        **{"inputs": needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
     )
     out = Path(out)
     require_writable(out, overwrite)
@@ -75,6 +77,8 @@ def convert(
     require_elsewhere(out, opened.directory)
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
+    if statistics is not None:
+        require_query_statistics(statistics, chosen)
 
     with (
         atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
@@ -92,8 +96,11 @@ def convert(
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            tensors = converted_tensors(opened, layer, factors, spectra)
+            queries = low_rank_queries(opened, spectra, statistics, chosen, layer)
+            tensors = converted_tensors(opened, layer, factors, spectra, None if queries is None else queries.factors)
             record = layer_record(spectra, statistics, plan, layer)
+            if queries is not None:
+                record["relative_error"]["q"] = queries.relative_error
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
                 tensors["o_proj.weight"] = refitted.weight
@@ -128,13 +135,17 @@ def convert(
 
 
 def converted_tensors(
-    source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra
+    source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra, queries: Factors | None = None
 ) -> dict[str, Tensor]:
-    """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
+    """Weights of a converted attention module that are not the source's under the same name, by canonical name.
+
+    Args:
+        queries: see `mla_tensors`.
+    """
     mean, geometry = spectra.means[layer], source.geometry
-    parts: tuple[Projection, ...] = ("q", "k", "v", "o") if spectra.selections else ("q", "k", "v")
-    stored = {part: source.projection(layer, part) for part in parts}
     if not spectra.selections:
+        parts: tuple[Projection, ...] = ("q", "k", "v")
+        stored = {part: source.projection(layer, part) for part in parts}
         tensors = latent_tensors(
             factors,
             source.stacked_weights(layer),
@@ -147,25 +158,14 @@ def converted_tensors(
             weight, bias = stored["q"]
             tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
         return tensors
-    q, k, v, o = (weight.double() for weight, _ in stored.values())
-    q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
     return mla_tensors(
-        AttentionWeights(
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            q_bias=q_bias,
-            k_bias=k_bias,
-            v_bias=v_bias,
-            o_bias=o_bias,
-            k_norm=source.key_norm(layer),
-        ),
+        source.attention(layer),
         spectra.selections[layer],
         factors[0],
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         mean=mean,
+        queries=queries,
     )
 
 
@@ -190,7 +190,7 @@ class _CheckpointBuilder:
     def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
         from care_mla.modeling import LANGUAGE_MODEL
 
-        self.source, self.plan, self.directory = source, plan, directory
+        self.source, self.recipe, self.plan, self.directory = source, recipe, plan, directory
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
         self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -200,7 +200,7 @@ class _CheckpointBuilder:
         self.replaced = {
             f"{family.attention_name(layer)}.{family.stored(projection, source.geometry)[0]}.{kind}"
             for layer in range(source.geometry.num_layers)
-            for projection in ("k", "v")
+            for projection in (("k", "v") if recipe.q_lora_rank is None else ("q", "k", "v"))
             for kind in ("weight", "bias")
         }
 
@@ -231,6 +231,7 @@ class _CheckpointBuilder:
             biases=self.biases,
             dtype=str(self.dtype).removeprefix("torch."),
             rope_frequencies=rope_frequencies,
+            q_lora_rank=self.recipe.q_lora_rank,
         )
         write_json(self.directory / "config.json", config)
         copy_side_files(self.source.directory, self.directory)

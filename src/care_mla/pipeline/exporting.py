@@ -21,6 +21,7 @@ from care_mla.mapping.deepseek import (
     attention_tensors,
     deepseek_config,
     padded_rank,
+    query_weights,
     require_holdable,
     require_stock_frequencies,
     residual_scale,
@@ -83,6 +84,7 @@ class _ExportPlan:
     ranks: list[int]
     eps: float
     attention_scaling: float
+    required: tuple[str, ...]
     config: dict[str, Any]
 
     @classmethod
@@ -115,8 +117,12 @@ class _ExportPlan:
             biased=query_bias or config["o_bias"] or config["k_bias"],
             query_bias=query_bias,
             dtype=config["dtype"],
+            q_lora_rank=config.get("q_lora_rank"),
         )
-        return cls(family, geometry, ranks, source["rms_norm_eps"], matching_rotation(source, exported), exported)
+        required = (*query_weights(config.get("q_lora_rank")), *REQUIRED)
+        return cls(
+            family, geometry, ranks, source["rms_norm_eps"], matching_rotation(source, exported), required, exported
+        )
 
     def attention(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """One layer's attention in the target's names."""
@@ -142,7 +148,7 @@ def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, 
     layers = [f"{plan.family.attention_name(layer)}." for layer in range(plan.geometry.num_layers)]
     for attention in track(layers, "Writing layers", len(layers)):
         names = {name for name in reader.names if name.startswith(prefix + attention)}
-        names |= {f"{prefix}{attention}{required}" for required in REQUIRED}
+        names |= {f"{prefix}{attention}{required}" for required in plan.required}
         tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in sorted(names)})
         for name, tensor in tensors.items():
             _require_shape(expected, attention + name, tensor)

@@ -51,6 +51,8 @@ def require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
+    if recipe.q_lora_rank is not None:
+        _require_query_rank(recipe, source.geometry)
     if (
         recipe.freq_fold is not None
         and recipe.freq_fold > 1
@@ -72,6 +74,18 @@ def require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]
         assert refused is not None
         raise refused
     return options
+
+
+def _require_query_rank(recipe: Recipe, geometry: Geometry) -> None:
+    queries = geometry.num_heads * geometry.head_dim
+    if recipe.layout != "mla":
+        raise ConfigError(f"--q-lora-rank {recipe.q_lora_rank} needs --layout mla")
+    assert recipe.q_lora_rank is not None
+    if recipe.q_lora_rank > min(geometry.hidden_size, queries):
+        raise RankError(
+            f"--q-lora-rank {recipe.q_lora_rank} is outside 1..{min(geometry.hidden_size, queries)} (hidden size {geometry.hidden_size}, "
+            f"{queries} outputs of all query heads)"
+        )
 
 
 def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Recipe, Budget]:

@@ -48,7 +48,8 @@ class LayerSpectra:
         self.means: list[Tensor | None] = []  # [layer]
         self.selections: list[RotarySelection] = []  # [layer], layout mla
         self.scales: list[Tensor | None] = []  # [layer], see `Source.output_scale`
-        self.rotation_cost: Tensor | None = None  # [frequencies], layout mla
+        self.frequencies: Tensor | None = None  # [F] angles per position, layout mla
+        self.rotation_cost: Tensor | None = None  # [F], layout mla
         self.notes: list[str] = []  # what the user should know of the statistics
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
@@ -84,10 +85,11 @@ class LayerSpectra:
     def _select(self, source: Source, metric: Metric, recipe: Recipe) -> RotarySelection:
         """Which pairs of one layer's keys stay rotary."""
         geometry = source.geometry
-        if self.rotation_cost is None:
+        if self.frequencies is None or self.rotation_cost is None:
             from care_mla.modeling import rotary_frequencies
 
-            self.rotation_cost = dropped_rotation(rotary_frequencies(source.reader.config), recipe.context)
+            self.frequencies = rotary_frequencies(source.reader.config)
+            self.rotation_cost = dropped_rotation(self.frequencies, recipe.context)
         keys = metric.block(split_blocks("split", geometry.kv_width)[0])
         about_zero = keys.second_moment
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
