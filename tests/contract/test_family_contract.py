@@ -414,3 +414,20 @@ def test_impossible_query_ranks(tiny: Callable[..., Path], tmp_path: Path, text_
     with pytest.raises(CalibrationError, match="--q-lora-rank needs the input second moment"):
         care_mla.convert(source, out, stats=stats, kv_save=0.5, layout="mla", q_lora_rank=8)
     assert not out.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias", "qwen3_moe"])
+def test_linearized_qk_norm(name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """No scales in the cache or the budget; decodes as it prefills; nearer to the source than norms held constant would be."""
+    source = tiny(name)
+    n = _kv_width(source)
+    options = {"layout": "mla", "rank": n, "qk_rope_head_dim": n, "ranks": "uniform", "qk_norm": "linear"}
+    out = _convert(source, tmp_path / "out", text_file, **{**options, "cache_elements": 6 * n, "rank": None})
+    converted, ids = care_mla.load(out), _ids(2, 24)
+    expected = converted(ids, use_cache=False).logits
+    torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
+    assert measure_cache(converted, ids[:1]).layer_widths == [2 * n] * 3
+    assert not [name for name in load_file(out / "model.safetensors") if "q_norm" in name or "k_norm" in name]
+    logits = care_mla.load(source)(ids).logits
+    assert (expected - logits).square().mean() < 0.5 * logits.var()

@@ -27,6 +27,12 @@ def calibrate(
         bool | None,
         typer.Option("--inputs", help="Also collect D x D input moments, for method care_c and --q-lora-rank."),
     ] = None,
+    normalized: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalized", help="Also collect normalized queries and keys, for --qk-norm linear; one more pass."
+        ),
+    ] = None,
     fisher: Annotated[
         bool | None,
         typer.Option("--fisher", help="Also run a backward pass and collect Fisher statistics, for method fisher."),
@@ -45,6 +51,7 @@ def calibrate(
         batch_size=batch_size,
         pack=pack,
         inputs=inputs,
+        normalized=normalized,
         fisher=fisher,
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)

@@ -93,6 +93,13 @@ def convert(
     q_lora_rank: Annotated[
         int | None, typer.Option("--q-lora-rank", help="Layout mla: rank of the queries.  [default: exact queries]")
     ] = None,
+    qk_norm: Annotated[
+        str | None,
+        typer.Option(
+            "--qk-norm",
+            help="Layout mla: exact, with a cached scale a kv head, or linear, a regression that stock classes can hold.  [default: exact]",
+        ),
+    ] = None,
     refit: Annotated[
         bool | None,
         typer.Option(
@@ -140,6 +147,7 @@ def convert(
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,
         q_lora_rank=q_lora_rank,
+        qk_norm=qk_norm,
         refit=refit,
         refit_tokens=refit_tokens,
         refit_ridge=refit_ridge,
@@ -163,8 +171,9 @@ def convert(
 def recipe_name(recipe: dict[str, Any]) -> str:
     """What was done, in a line."""
     refit = ", output projections refitted" if recipe["refit"] else ""
+    norm = ", linear QK-norm" if recipe["qk_norm"] == "linear" else ""
     queries = f", queries of rank {recipe['q_lora_rank']}" if recipe["q_lora_rank"] is not None else ""
-    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{queries}{refit}"
+    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{norm}{queries}{refit}"
 
 
 def _rotary_row(manifest: dict[str, Any]) -> str:

@@ -242,11 +242,26 @@ def deepseek_config(
     }
 
 
+def converted_features(features: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Features of a source (`FamilySpec.features`) that its conversion still has.
+
+    Args:
+        config: config.json of the converted model.
+    """
+    result = dict(features)
+    if config.get("qk_norm") == "linear":
+        del result["QK-norm"]
+        result.pop("qkv bias", None)
+        if config["q_bias"] or config["k_bias"]:
+            result["qkv bias"] = "what linearized norms amount to"
+    return result
+
+
 def require_holdable(features: Mapping[str, str], *, engine: Engine, dtype: str, o_bias: bool) -> None:
     """Refuse by name what the target cannot hold.
 
     Args:
-        features: of the source, see `FamilySpec.features`.
+        features: of the converted model, see `converted_features`.
 
     Raises:
         UnsupportedModelError: the sentence names what can.
@@ -259,6 +274,8 @@ def require_holdable(features: Mapping[str, str], *, engine: Engine, dtype: str,
             if able
             else "serve the converted directory itself, with care_mla's classes"
         )
+        if lost == ["QK-norm"]:
+            instead += ", or convert with --qk-norm linear"
         raise UnsupportedModelError(
             f"{', '.join(lost)}: a stock DeepSeek checkpoint for {engine} cannot hold it; {instead}"
         )

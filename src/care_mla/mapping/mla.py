@@ -37,7 +37,7 @@ EXPRESSES: dict[str, str] = {
     "sliding window": "same masks; windowed layers cache a window",
     "RoPE scaling": "the rotary key is turned by the model's own rotary module",
     "tied embeddings": "unchanged",
-    "QK-norm": "one scale a kv head is cached and multiplies scores",
+    "QK-norm": "one scale a kv head is cached and multiplies scores; or linearized, approximately (`--qk-norm linear`)",
 }
 
 REFUSES: dict[str, str] = {
@@ -72,6 +72,11 @@ class AttentionWeights:
     o_bias: Float[Tensor, "D"] | None = None
     q_norm: Float[Tensor, "d"] | None = None
     k_norm: Float[Tensor, "d"] | None = None
+
+    @property
+    def keys_and_values(self) -> Float[Tensor, "m D"]:
+        """[W_K ; W_V], m = 2n."""
+        return torch.cat([self.k, self.v])
 
     def key_scale(self) -> Float[Tensor, "n"]:
         """w of the keys' norm for every key; ones without QK-norm."""

@@ -221,8 +221,9 @@ class MlaAttention(ConvertedAttention):
         q_proj, o_proj = self._source_queries(source, family, self.geometry), getattr(source, family.o_proj)
         width, heads, d = q_proj.in_features, self.num_heads, self.head_dim
         self._q_proj, self._o_proj = family.q_proj, family.o_proj
-        self.normalized = family.k_norm is not None
-        if family.k_norm is not None and family.q_norm is not None:
+        self.normalized = family.k_norm is not None and config.qk_norm == "exact"
+        if self.normalized:
+            assert family.q_norm is not None and family.k_norm is not None
             query_width = q_proj.out_features
             self._q_norm, self._k_norm = family.q_norm, family.k_norm
             self.add_module(self._q_norm, getattr(source, family.q_norm))
@@ -239,7 +240,8 @@ class MlaAttention(ConvertedAttention):
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
         self.low_rank_queries = config.q_lora_rank is not None
         query_inputs = width if config.q_lora_rank is None else config.q_lora_rank
-        self.add_module(self._q_proj, nn.Linear(query_inputs, query_width, bias=q_proj.bias is not None))
+        q_bias = q_proj.bias is not None if config.q_bias is None else config.q_bias
+        self.add_module(self._q_proj, nn.Linear(query_inputs, query_width, bias=q_bias))
         self.add_module(self._o_proj, nn.Linear(heads * d, o_proj.out_features, bias=config.o_bias))
         # cos and sin carry YaRN's attention factor; the position-free part of a score needs its square too.
         self.position_free_scale = getattr(rotary, "attention_scaling", 1.0) ** 2

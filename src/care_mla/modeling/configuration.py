@@ -24,6 +24,8 @@ class CareMlaConfig(PreTrainedConfig):
         k_bias, v_bias: whether rebuilt keys (mla: the rotary key) and values have a bias.
         o_bias: whether o_proj has a bias; layout mla, else the source's own.
         q_lora_rank: rank of the queries, whose projections are q_a_proj and q_b_proj then; None: exact queries. Layout mla.
+        q_bias: whether queries have a bias; None: as the source's. Layout mla.
+        qk_norm: "exact", with the source's norms, or "linear", where projections stand for them. Layout mla.
         rope_frequencies: [num_layers][qk_rope_head_dim / 2] index into the source's frequencies of every rotary pair; mla.
     """
 
@@ -38,6 +40,8 @@ class CareMlaConfig(PreTrainedConfig):
     v_bias: bool = False
     o_bias: bool = False
     q_lora_rank: int | None = None
+    q_bias: bool | None = None
+    qk_norm: str = "exact"
     rope_frequencies: list[list[int]] | None = None
     tie_word_embeddings: bool = False
 
@@ -59,6 +63,7 @@ def converted_config(
     dtype: str,
     rope_frequencies: list[list[int]] | None = None,
     q_lora_rank: int | None = None,
+    qk_norm: str = "exact",
 ) -> dict[str, Any]:
     """config.json of a converted checkpoint; the source's own config is kept whole under `text_config`.
 
@@ -75,6 +80,8 @@ def converted_config(
     mla = {
         "o_bias": "o_proj.bias" in biases,
         "q_lora_rank": q_lora_rank,
+        "q_bias": bool({"q_proj.bias", "q_b_proj.bias"} & set(biases)),
+        "qk_norm": qk_norm,
         "rope_frequencies": rope_frequencies,
     }
     return {

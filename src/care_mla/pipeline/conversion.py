@@ -22,8 +22,9 @@ from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
 from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, versions, write_json
 from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.evidence import require_statistics
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
-from care_mla.pipeline.queries import low_rank_queries, require_query_statistics
+from care_mla.pipeline.queries import low_rank_queries
 from care_mla.pipeline.source import Source, open_source, require_elsewhere
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
@@ -67,10 +68,12 @@ def convert(
             "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
         )
     method = get_method(chosen.method)
-    needs_inputs = method.needs_inputs or chosen.q_lora_rank is not None
-    settings: CalibrationSettings = CalibrationSettings.make(
-        **{"inputs": needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
-    )
+    needs = {
+        "inputs": method.needs_inputs or chosen.q_lora_rank is not None,
+        "fisher": method.needs_fisher,
+        "normalized": chosen.qk_norm == "linear",
+    }
+    settings: CalibrationSettings = CalibrationSettings.make(**{**needs, **(calibration or {})})
     out = Path(out)
     require_writable(out, overwrite)
     opened = open_source(source)
@@ -78,7 +81,7 @@ def convert(
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
     if statistics is not None:
-        require_query_statistics(statistics, chosen)
+        require_statistics(statistics, chosen)
 
     with (
         atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
@@ -96,11 +99,22 @@ def convert(
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            queries = low_rank_queries(opened, spectra, statistics, chosen, layer)
-            tensors = converted_tensors(opened, layer, factors, spectra, None if queries is None else queries.factors)
             record = layer_record(spectra, statistics, plan, layer)
-            if queries is not None:
-                record["relative_error"]["q"] = queries.relative_error
+            if plan.layout == "mla":
+                weights = spectra.evidence.attention(layer)
+                queries = low_rank_queries(opened.geometry, spectra, weights, chosen, layer)
+                tensors = mla_tensors(
+                    weights,
+                    spectra.selections[layer],
+                    factors[0],
+                    num_kv_heads=opened.geometry.num_kv_heads,
+                    head_dim=opened.geometry.head_dim,
+                    mean=spectra.means[layer],
+                    queries=None if queries is None else queries.factors,
+                )
+                record["relative_error"] |= {} if queries is None else {"q": queries.relative_error}
+            else:
+                tensors = converted_tensors(opened, layer, factors, spectra)
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
                 tensors["o_proj.weight"] = refitted.weight
@@ -135,38 +149,23 @@ def convert(
 
 
 def converted_tensors(
-    source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra, queries: Factors | None = None
+    source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra
 ) -> dict[str, Tensor]:
-    """Weights of a converted attention module that are not the source's under the same name, by canonical name.
-
-    Args:
-        queries: see `mla_tensors`.
-    """
-    mean, geometry = spectra.means[layer], source.geometry
-    if not spectra.selections:
-        parts: tuple[Projection, ...] = ("q", "k", "v")
-        stored = {part: source.projection(layer, part) for part in parts}
-        tensors = latent_tensors(
-            factors,
-            source.stacked_weights(layer),
-            layout=spectra.layout,
-            k_bias=stored["k"][1],
-            v_bias=stored["v"][1],
-            mean=mean,
-        )
-        if source.family.qkv_proj is not None:
-            weight, bias = stored["q"]
-            tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
-        return tensors
-    return mla_tensors(
-        source.attention(layer),
-        spectra.selections[layer],
-        factors[0],
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        mean=mean,
-        queries=queries,
+    """Weights of an attention of layout joint or split that are not the source's under the same name, by canonical name."""
+    parts: tuple[Projection, ...] = ("q", "k", "v")
+    stored = {part: source.projection(layer, part) for part in parts}
+    tensors = latent_tensors(
+        factors,
+        source.stacked_weights(layer),
+        layout=spectra.layout,
+        k_bias=stored["k"][1],
+        v_bias=stored["v"][1],
+        mean=spectra.means[layer],
     )
+    if source.family.qkv_proj is not None:
+        weight, bias = stored["q"]
+        tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
+    return tensors
 
 
 def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
@@ -197,10 +196,16 @@ class _CheckpointBuilder:
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()
+        gone: list[Projection] = ["k", "v"]
+        linear = recipe.qk_norm == "linear"
+        if recipe.q_lora_rank is not None or linear:
+            gone.append("q")
+        modules = {family.stored(projection, source.geometry)[0] for projection in gone}
+        modules |= {norm for norm in (family.q_norm, family.k_norm) if linear and norm is not None}
         self.replaced = {
-            f"{family.attention_name(layer)}.{family.stored(projection, source.geometry)[0]}.{kind}"
+            f"{family.attention_name(layer)}.{module}.{kind}"
             for layer in range(source.geometry.num_layers)
-            for projection in (("k", "v") if recipe.q_lora_rank is None else ("q", "k", "v"))
+            for module in modules
             for kind in ("weight", "bias")
         }
 
@@ -232,6 +237,7 @@ class _CheckpointBuilder:
             dtype=str(self.dtype).removeprefix("torch."),
             rope_frequencies=rope_frequencies,
             q_lora_rank=self.recipe.q_lora_rank,
+            qk_norm=self.recipe.qk_norm,
         )
         write_json(self.directory / "config.json", config)
         copy_side_files(self.source.directory, self.directory)

@@ -19,6 +19,7 @@ from care_mla.mapping.deepseek import (
     REQUIRED,
     Engine,
     attention_tensors,
+    converted_features,
     deepseek_config,
     padded_rank,
     query_weights,
@@ -104,10 +105,11 @@ class _ExportPlan:
             raise UnsupportedModelError(
                 f"the decoder layers of {family.model_type} are not those of {target}; serve {name} itself, with care_mla's classes"
             )
-        require_holdable(family.features(source), engine=engine, dtype=config["dtype"], o_bias=config["o_bias"])
+        features = converted_features(family.features(source), config)
+        require_holdable(features, engine=engine, dtype=config["dtype"], o_bias=config["o_bias"])
         frequencies, ranks = config["rope_frequencies"], config["kv_lora_rank"]
         require_stock_frequencies(frequencies, geometry.head_dim // 2)
-        query_bias = "qkv bias" in family.features(source)
+        query_bias = "qkv bias" in features
         exported = deepseek_config(
             source,
             kv_lora_rank=padded_rank(ranks, 2 * len(frequencies[0]), engine, kv_lora_rank),

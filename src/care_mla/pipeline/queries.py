@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from care_mla.config import Recipe
+from care_mla.geometry import Geometry
 from care_mla.linalg import Factors
 from care_mla.mapping import AttentionWeights, query_factors, query_metric, relative_query_error
 from care_mla.methods import require_inputs
-from care_mla.pipeline.source import Source
 from care_mla.pipeline.spectra import LayerSpectra
 from care_mla.rope import turned_covariance
-from care_mla.stats import LayerStatistics, StatisticsStore
+from care_mla.stats import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,18 @@ class LowRankQueries:
     relative_error: float
 
 
-def require_query_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:
-    """Refuse statistics without what `--q-lora-rank` asks of them, before anything is computed.
-
-    Raises:
-        CalibrationError
-    """
-    if recipe.q_lora_rank is not None:
-        require_inputs(LayerStatistics(statistics.layer(0)), "--q-lora-rank")
-
-
 def low_rank_queries(
-    source: Source, spectra: LayerSpectra, statistics: StatisticsStore, recipe: Recipe, layer: int
+    geometry: Geometry, spectra: LayerSpectra, weights: AttentionWeights, recipe: Recipe, layer: int
 ) -> LowRankQueries | None:
     """Queries at `recipe.q_lora_rank`; None where they stay exact. See `mapping.queries`."""
     if recipe.q_lora_rank is None:
         return None
     assert spectra.frequencies is not None
-    weights = source.attention(layer)
-    collected = LayerStatistics(statistics.layer(layer))
+    collected = spectra.evidence.plain(layer, weights)
     C = require_inputs(collected, "--q-lora-rank")
-    keys = _key_moments(weights, collected, source.geometry.num_kv_heads)
+    keys = _key_moments(weights, collected, geometry.num_kv_heads)
     turned = turned_covariance(*keys, spectra.frequencies, recipe.context)
-    metric = query_metric(turned, source.geometry.num_heads, _norm_scale(weights, C))
+    metric = query_metric(turned, geometry.num_heads, _norm_scale(weights, C))
     factors = query_factors(weights.q, C, metric, recipe.q_lora_rank, shrinkage=recipe.shrinkage)
     return LowRankQueries(factors, relative_query_error(factors, weights.q, C))
 

@@ -8,6 +8,7 @@ from typing import Any
 from care_mla.checkpoint import atomic_directory
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings
+from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import versions
 from care_mla.pipeline.source import Source, open_source
 from care_mla.progress import Track, silent
@@ -48,10 +49,14 @@ def calibrate(
 def write_statistics(
     source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
 ) -> None:
-    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows
+    from care_mla.calibration import collect_fisher, collect_moments, collect_normalized, load_tokenizer, make_windows
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
+    if settings.normalized and "QK-norm" not in source.family.features(source.reader.config):
+        raise ConfigError(
+            f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
+        )
     corpus = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
     tokenizer = load_tokenizer(source.directory)
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
@@ -71,6 +76,18 @@ def write_statistics(
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
+    if settings.normalized:
+        normalized = collect_normalized(
+            model,
+            source.family,
+            windows,
+            with_gradients=settings.fisher,
+            seed=settings.seed,
+            batch_size=max(1, settings.batch_size // 2),
+            track=track,
+        )
+        for layer, layer_normalized in enumerate(normalized):
+            writer.write_normalized(layer, layer_normalized)
     writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {
