@@ -419,11 +419,11 @@ def test_impossible_query_ranks(tiny: Callable[..., Path], tmp_path: Path, text_
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias", "qwen3_moe"])
 def test_linearized_qk_norm(name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
-    """No scales in the cache or the budget; decodes as it prefills; nearer to the source than norms held constant would be."""
+    """No scales in the cache or the budget; decodes as it prefills; near the source."""
     source = tiny(name)
     n = _kv_width(source)
-    options = {"layout": "mla", "rank": n, "qk_rope_head_dim": n, "ranks": "uniform", "qk_norm": "linear"}
-    out = _convert(source, tmp_path / "out", text_file, **{**options, "cache_elements": 6 * n, "rank": None})
+    options = {"layout": "mla", "cache_elements": 6 * n, "qk_rope_head_dim": n, "ranks": "uniform"}
+    out = _convert(source, tmp_path / "out", text_file, qk_norm="linear", **options)
     converted, ids = care_mla.load(out), _ids(2, 24)
     expected = converted(ids, use_cache=False).logits
     torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_normalized, make_windows
+from care_mla.calibration import collect_normalized, make_windows
+from care_mla.calibration.collect import _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import get_family
 from care_mla.mapping import AttentionWeights, linearization_error, linearized_attention, linearized_statistics
 from care_mla.mapping.qk_norm import affine_fit, constant_norm
-from care_mla.stats import CrossMoments, LayerStatistics, Moments, NormalizedStatistics
+from care_mla.stats import CrossMoments, FisherMoments, LayerStatistics, Moments, NormalizedStatistics
 from care_mla.stats.normalized import with_constant
 
 X = 0.3 + torch.randn(200, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -81,34 +83,49 @@ def test_statistics_are_those_of_the_linear_outputs() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
-def test_collected_sums_equal_what_the_norms_put_out(name: str, text_file: Path) -> None:
-    model = tiny_model(name)
+@pytest.mark.parametrize("padded", [False, True])
+def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) -> None:
+    """Against a plain backward pass from which x, the norms' outputs and the gradients there are kept whole."""
+    model, path = tiny_model(name), tmp_path / "d.jsonl"
+    path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i * padded)} words and more"}}' for i in range(4)))
+    windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
-    windows = make_windows(str(text_file), byte_tokenizer(), samples=6, seqlen=20, seed=1)
-    found = collect_normalized(model, family, windows, with_gradients=True, batch_size=2)[1]
-    attention, seen = model.model.layers[1].self_attn, {}
-    for part in ("q_norm", "k_norm", "v_proj"):
-        attention.get_submodule(part).register_forward_hook(
-            lambda module, inputs, output, part=part: seen.update({part: output, "x": inputs[0]})
-        )
-    with torch.no_grad():
-        model(windows.to_tensors()["input_ids"])
-    x, q, k = (seen[part].flatten(0, 1).double() for part in ("x", "q_norm", "k_norm"))
-    x1 = with_constant(x)
-    torch.testing.assert_close(found.queries.input_second, x1.T @ x1, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found.queries.cross, q.flatten(1).T @ x1, rtol=1e-4, atol=1e-3)
-    assert found.fisher is not None
-    # Gradient norms weigh the keys: so do they the outputs in the Fisher statistics.
-    torch.testing.assert_close(found.keys.weight, found.fisher.output_weight, rtol=1e-5, atol=0)
-    n = k.flatten(1).shape[1]
-    torch.testing.assert_close(found.keys.cross[:, -1], found.fisher.output_sum[:n], rtol=1e-3, atol=1e-3)
+    found = collect_normalized(model, family, windows, with_gradients=True, seed=7, batch_size=4)[1]
     plain = collect_normalized(model, family, windows, batch_size=2)[1]
+
+    seen: dict[str, Tensor] = {}
+    for part in ("q_norm", "k_norm", "v_proj"):
+
+        def keep(module: Any, inputs: Any, output: Tensor, part: str = part) -> None:
+            output.retain_grad()
+            seen.update({part: output, "x": inputs[0]})
+
+        model.model.layers[1].self_attn.get_submodule(part).register_forward_hook(keep)
+    (batch,) = windows.batches(4)
+    counted = batch.attention_mask.bool()
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits.backward(_sampled_gradient(logits, counted, torch.Generator().manual_seed(7)))
+    v_bias = model.model.layers[1].self_attn.v_proj.bias
+    x, q, k, v = (seen[part].detach().flatten(2)[counted] for part in ("x", "q_norm", "k_norm", "v_proj"))
+    v = v if v_bias is None else v - v_bias.detach()
+    g = torch.cat([seen[part].grad.flatten(2)[counted] for part in ("k_norm", "v_proj")], dim=1)
+    y, x1, ones = torch.cat([k, v], dim=1), with_constant(x), torch.ones(len(x))
+    expected = NormalizedStatistics(
+        *(CrossMoments.zeros(x1.shape[1], width) for width in (q.shape[1], k.shape[1])),
+        FisherMoments.zeros(y.shape[1]),
+    )
+    expected.queries.update(x1, q, ones)
+    expected.keys.update(x1, k, g.norm(dim=1))
+    expected.fisher.update(y, g, y.double().T @ y.double() / len(y))
+    for key, tensor in expected.to_tensors().items():
+        torch.testing.assert_close(found.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
     assert plain.fisher is None
-    torch.testing.assert_close(plain.keys.cross, k.flatten(1).T @ x1, rtol=1e-4, atol=1e-3)
-    _, fisher = collect_fisher(model, family, windows, batch_size=2)
-    own = slice(n, None)  # gradients at the values do not depend on where those at the keys are taken
-    ratio = found.fisher.gradient_second[own, own] / fisher[1].gradient_second[own, own]
-    assert bool(torch.isfinite(ratio).all())
+    forward = CrossMoments.zeros(x1.shape[1], k.shape[1])
+    forward.update(x1, k, ones)
+    for key, tensor in forward.to_tensors().items():
+        torch.testing.assert_close(plain.keys.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
+    copy = NormalizedStatistics.from_tensors(found.to_tensors())
+    assert all(torch.equal(copy.to_tensors()[key], tensor) for key, tensor in found.to_tensors().items())
 
 
 def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
