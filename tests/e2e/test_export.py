@@ -154,7 +154,7 @@ def test_linearized_qk_norm(
     if q_lora_rank is None:
         plain = _convert(source, tmp_path / "plain", text_file, **options, qk_norm="linear", centre=False)
         assert care_mla.load(plain).config.q_bias is False
-        care_mla.export(plain, tmp_path / "plain-stock")
+        care_mla.export(plain, tmp_path / "plain-stock", engine="vllm")
         stock = care_mla.load(tmp_path / "plain-stock")
         torch.testing.assert_close(stock(IDS).logits, care_mla.load(plain)(IDS).logits, atol=1e-4, rtol=0)
 

@@ -209,6 +209,12 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
             f"relative error of {name}",
             f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",
         )
+    if recipe["qk_norm"] == "linear":
+        both = ", ".join(
+            f"{name} {sum(layer['norm_error'][part] for layer in layers) / len(layers):.4f}"
+            for part, name in (("q", "queries"), ("k", "keys"))
+        )
+        table.add_row("relative error of linear QK-norm", f"mean {both}")
     if manifest["predicted_loss_increase"] is not None:
         before = " (before the refit)" if recipe["refit"] else ""
         table.add_row("predicted loss increase", f"{manifest['predicted_loss_increase']:.4f} nats per token{before}")
