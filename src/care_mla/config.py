@@ -49,7 +49,7 @@ class CalibrationSettings(Settings):
         field: field of records that holds the text.
         pack: windows at random positions of the joined text; otherwise one padded window a document.
         inputs: also collect the D x D input moment, for care_c and low-rank queries.
-        normalized: also collect normalized queries and keys beside the layer's input, for linearized QK-norm; one more pass.
+        normalized: also collect normalized queries and keys beside the layer's input, for linearized QK-norm.
         fisher: also run a backward pass and collect Fisher statistics, for method fisher.
     """
 

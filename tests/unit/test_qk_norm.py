@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import collect_normalized, make_windows
+from care_mla.calibration import collect_fisher, collect_moments, make_windows, normalized_taps
 from care_mla.calibration.collect import _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import get_family
@@ -90,8 +90,12 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i * padded)} words and more"}}' for i in range(4)))
     windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
-    found = collect_normalized(model, family, windows, with_gradients=True, seed=7, batch_size=4)[1]
-    plain = collect_normalized(model, family, windows, batch_size=2)[1]
+    taps = normalized_taps(model, family, with_gradients=True)
+    collect_fisher(model, family, windows, seed=7, batch_size=4, alongside=taps)
+    found = taps[1].statistics
+    taps = normalized_taps(model, family)
+    collect_moments(model, family, windows, batch_size=2, alongside=taps)
+    plain = taps[1].statistics
 
     seen: dict[str, Tensor] = {}
     for part in ("q_norm", "k_norm", "v_proj"):

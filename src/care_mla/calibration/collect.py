@@ -102,12 +102,14 @@ def collect_moments(
     *,
     with_inputs: bool = False,
     batch_size: int = 8,
+    alongside: Sequence[NormalizedTap] = (),
     track: Track = silent,
 ) -> list[Moments]:
     """Moments of every layer from one forward pass over the windows; nothing but the sums is kept.
 
     Args:
         with_inputs: also E[x x^T], for care_c and low-rank queries.
+        alongside: from `normalized_taps`, fed by the same pass.
 
     Raises:
         CalibrationError: non-finite activations, with the layer named.
@@ -120,30 +122,17 @@ def collect_moments(
         )
         for layer in range(geometry.num_layers)
     ]
-    _forward(model, family, windows, taps, batch_size=batch_size, track=track, title="Collecting moments")
-    return [tap.moments for tap in taps]
-
-
-def _forward(
-    model: PreTrainedModel,
-    family: FamilySpec,
-    windows: TokenWindows,
-    taps: Sequence[_LayerTap],
-    *,
-    batch_size: int,
-    track: Track,
-    title: str,
-) -> None:
-    """Run the windows through the model for its taps."""
+    fed = [*taps, *alongside]
     decoder = model.get_decoder()  # without the language-model head: its logits are not needed
-    with _tapped(model, family, taps):
-        for batch in track(windows.batches(batch_size), title, -(-len(windows) // batch_size)):
-            _announce(taps, batch, model.device)
+    with _tapped(model, family, fed):
+        for batch in track(windows.batches(batch_size), "Collecting moments", -(-len(windows) // batch_size)):
+            _announce(fed, batch, model.device)
             decoder(
                 input_ids=batch.input_ids.to(model.device),
                 attention_mask=batch.mask_or_none(model.device),
                 use_cache=False,
             )
+    return [tap.moments for tap in taps]
 
 
 class _FisherTap(_LayerTap):
@@ -194,7 +183,7 @@ class _FisherTap(_LayerTap):
         self.fisher.update(y, g, self.moments.second_moment, self.token_weight)
 
 
-class _NormalizedTap(_FisherTap):
+class NormalizedTap(_FisherTap):
     """Feeds normalized queries and keys, and the input that they came from, into a layer's `NormalizedStatistics`.
 
     The keys of `moments` and `fisher` are the normalized ones here. Queries are held until the values arrive, inputs until the
@@ -300,6 +289,7 @@ def collect_fisher(
     seed: int = 42,
     with_inputs: bool = False,
     batch_size: int = 4,
+    alongside: Sequence[NormalizedTap] = (),
     track: Track = silent,
 ) -> tuple[list[Moments], list[FisherMoments]]:
     """Moments and Fisher statistics of every layer from one forward and backward pass.
@@ -309,6 +299,7 @@ def collect_fisher(
 
     Args:
         seed: of the sampled labels.
+        alongside: from `normalized_taps`, fed by the same pass.
 
     Raises:
         CalibrationError: non-finite or zero gradients, with the layer named, or a forward that breaks autograd.
@@ -323,43 +314,23 @@ def collect_fisher(
         )
         for layer in range(geometry.num_layers)
     ]
-    title = "Collecting Fisher statistics"
-    _forward_and_backward(model, family, windows, taps, seed=seed, batch_size=batch_size, track=track, title=title)
+    fed = [*taps, *alongside]
+    _forward_and_backward(model, family, windows, fed, seed=seed, batch_size=batch_size, track=track)
     return [tap.moments for tap in taps], [tap.fisher for tap in taps]
 
 
-def collect_normalized(
-    model: PreTrainedModel,
-    family: FamilySpec,
-    windows: TokenWindows,
-    *,
-    with_gradients: bool = False,
-    seed: int = 42,
-    batch_size: int = 4,
-    track: Track = silent,
-) -> list[NormalizedStatistics]:
-    """Normalized queries and keys of every layer beside its input, from one forward pass (and a backward pass).
+def normalized_taps(model: PreTrainedModel, family: FamilySpec, *, with_gradients: bool = False) -> list[NormalizedTap]:
+    """Taps of every layer for `collect_moments` or `collect_fisher` to feed alongside; `NormalizedTap.statistics` holds the result.
 
     Args:
         family: with QK-norm over heads.
-        with_gradients: also collect Fisher statistics, of the normalized keys and the values.
-        seed: of the sampled labels.
-
-    Raises:
-        CalibrationError: as `collect_moments` and `collect_fisher`.
+        with_gradients: also collect Fisher statistics, of the normalized keys and the values; needs `collect_fisher`.
     """
     geometry = family.geometry(model.config.to_dict())
-    taps = [
-        _NormalizedTap(layer, geometry, model.device, with_gradients=with_gradients)
+    return [
+        NormalizedTap(layer, geometry, model.device, with_gradients=with_gradients)
         for layer in range(geometry.num_layers)
     ]
-    title = "Collecting normalized queries and keys"
-    if with_gradients:
-        _forward_and_backward(model, family, windows, taps, seed=seed, batch_size=batch_size, track=track, title=title)
-    else:
-        with torch.no_grad():
-            _forward(model, family, windows, taps, batch_size=batch_size, track=track, title=title)
-    return [tap.statistics for tap in taps]
 
 
 def _forward_and_backward(
@@ -371,12 +342,11 @@ def _forward_and_backward(
     seed: int,
     batch_size: int,
     track: Track,
-    title: str,
 ) -> None:
     """Run the windows through the model and the gradient of a sampled loss back, for its taps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _tapped(model, family, taps), _differentiable(model, family):
-        for batch in track(windows.batches(batch_size), title, -(-len(windows) // batch_size)):
+        for batch in track(windows.batches(batch_size), "Collecting Fisher statistics", -(-len(windows) // batch_size)):
             _announce(taps, batch, model.device)
             logits = model(
                 input_ids=batch.input_ids.to(model.device),

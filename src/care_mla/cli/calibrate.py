@@ -29,9 +29,7 @@ def calibrate(
     ] = None,
     normalized: Annotated[
         bool | None,
-        typer.Option(
-            "--normalized", help="Also collect normalized queries and keys, for --qk-norm linear; one more pass."
-        ),
+        typer.Option("--normalized", help="Also collect normalized queries and keys, for --qk-norm linear."),
     ] = None,
     fisher: Annotated[
         bool | None,

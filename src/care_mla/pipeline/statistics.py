@@ -49,7 +49,7 @@ def calibrate(
 def write_statistics(
     source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
 ) -> None:
-    from care_mla.calibration import collect_fisher, collect_moments, collect_normalized, load_tokenizer, make_windows
+    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows, normalized_taps
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
@@ -64,7 +64,8 @@ def write_statistics(
     model = load(source.directory, dtype=dtype, device=device)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    options: dict[str, Any] = {"with_inputs": settings.inputs, "track": track}
+    taps = normalized_taps(model, source.family, with_gradients=settings.fisher) if settings.normalized else []
+    options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
         moments, fisher = collect_fisher(
@@ -76,18 +77,8 @@ def write_statistics(
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
-    if settings.normalized:
-        normalized = collect_normalized(
-            model,
-            source.family,
-            windows,
-            with_gradients=settings.fisher,
-            seed=settings.seed,
-            batch_size=max(1, settings.batch_size // 2),
-            track=track,
-        )
-        for layer, layer_normalized in enumerate(normalized):
-            writer.write_normalized(layer, layer_normalized)
+    for layer, tap in enumerate(taps):
+        writer.write_normalized(layer, tap.statistics)
     writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {
