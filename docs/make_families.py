@@ -75,7 +75,7 @@ def render() -> str:
             f"`{spec.model_type}`",
             _purpose(spec),
             *(_layout(spec, layout) for layout in LAYOUTS),
-            *("yes" if target in spec.exports else f"no: {_no_export(spec)}" for target in targets),
+            *(_export(spec, target) for target in targets),
         ]
         for spec in BUILT_IN
     ]
@@ -117,9 +117,13 @@ def _layout(spec: FamilySpec, layout: Layout) -> str:
     return f"no: {', '.join(lost)}" if lost else "yes"
 
 
-def _no_export(spec: FamilySpec) -> str:
+def _export(spec: FamilySpec, target: str) -> str:
     lost = [feature for feature in spec.features({}) if feature not in EXPORTED["transformers"]]
-    return ", ".join(lost) if lost else "its decoder block differs outside the attention"
+    if target in spec.exports:
+        return "with `--qk-norm linear`" if lost == ["QK-norm"] else "yes"
+    return (
+        f"no: {', '.join(lost) if lost not in ([], ['QK-norm']) else 'its decoder block differs outside the attention'}"
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -12,6 +12,7 @@ from care_mla.ranks.plan import Layout
 from care_mla.rope import RopeMode
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+QkNorm = Literal["exact", "linear"]
 Trained = Literal["kv", "attention", "all"]
 """Which weights healing trains: the factors of keys and values, whole attentions, or everything."""
 
@@ -47,7 +48,8 @@ class CalibrationSettings(Settings):
         calibration: SPEC, see `calibration.corpus.make_windows`.
         field: field of records that holds the text.
         pack: windows at random positions of the joined text; otherwise one padded window a document.
-        inputs: also collect the D x D input moment, for care_c.
+        inputs: also collect the D x D input moment, for care_c and low-rank queries.
+        normalized: also collect normalized queries and keys beside the layer's input, for linearized QK-norm.
         fisher: also run a backward pass and collect Fisher statistics, for method fisher.
     """
 
@@ -59,6 +61,7 @@ class CalibrationSettings(Settings):
     batch_size: int = Field(8, ge=1)
     pack: bool = True
     inputs: bool = False
+    normalized: bool = False
     fisher: bool = False
 
 
@@ -75,6 +78,9 @@ class Recipe(Settings):
             stock as many as share a rotary pair and at least 2, unless every pair is kept.
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
             where the method does not predict.
+        q_lora_rank: rank of the queries in layout mla, see `mapping.queries`; None: exact.
+        qk_norm: how layout mla keeps the norms of queries and keys: exact, with a cached scale a kv head, or linear, see
+            `mapping.qk_norm`.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
             to help, for method fisher from `LOW_BUDGET_FROM` saving on.
@@ -100,6 +106,8 @@ class Recipe(Settings):
     rope: RopeMode = "free"
     freq_fold: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    q_lora_rank: int | None = Field(None, ge=1)
+    qk_norm: QkNorm = "exact"
     context: int = Field(8192, ge=2)
     refit: bool | None = None
     refit_tokens: int = Field(8192, ge=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import care_mla
-from care_mla.errors import ConfigError, UnsupportedModelError
+from care_mla.errors import CalibrationError, ConfigError, RankError, UnsupportedModelError
 from care_mla.evaluation import measure_cache
 from care_mla.families import BUILT_IN, FamilySpec, get_family
 from care_mla.mapping import EXPRESSES, REFUSES
@@ -371,3 +371,63 @@ def test_mla_chooses_its_rotary_width(tiny: Callable[..., Path], tmp_path: Path,
     options = {"method": "balanced_pca", "rope": "transmla", "freq_fold": 4}
     folded = care_mla.convert(source, tmp_path / "fold", stats=stats, layout="mla", kv_save=0.5, **options)
     assert folded["plan"]["qk_rope_head_dim"] == 32 and folded["predicted_by_rotary_width"] == {}
+
+
+@torch.no_grad()
+def test_low_rank_queries(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """Full rank equals exact queries, biases and norms included; less loses something, decodes as it prefills, and reloads."""
+    source = _mla_or_skip(tiny(family))
+    geometry = care_mla.inspect(source).geometry
+    n, full = geometry.kv_width, min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
+    elements = geometry.num_layers * (2 * n + _key_scales(source))
+    options = {"layout": "mla", "cache_elements": elements, "qk_rope_head_dim": n, "ranks": "uniform"}
+    manifest = json.loads(
+        (_convert(source, tmp_path / "full", text_file, **options, q_lora_rank=full) / "care_manifest.json").read_text()
+    )
+    assert manifest["recipe"]["q_lora_rank"] == full
+    assert all(layer["relative_error"]["q"] < 1e-9 for layer in manifest["layers"])
+    ids = _ids(2, 24)
+    torch.testing.assert_close(
+        care_mla.load(tmp_path / "full")(ids).logits, care_mla.load(source)(ids).logits, **TOLERANCE
+    )
+    less = care_mla.load(_convert(source, tmp_path / "less", text_file, **options, q_lora_rank=full // 3))
+    expected = less(ids, use_cache=False).logits
+    torch.testing.assert_close(_token_by_token(less, ids), expected, **TOLERANCE)
+    less.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(care_mla.load(tmp_path / "again")(ids).logits, expected, atol=0, rtol=0)
+    names = load_file(tmp_path / "less" / "model.safetensors")
+    assert not [name for name in names if name.endswith(".q_proj.weight")], "the exact queries were copied too"
+
+
+def test_impossible_query_ranks(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    source, out = tiny("llama"), tmp_path / "out"
+    for rank, layout, message in (
+        (0, "mla", "--q-lora-rank 0"),
+        (49, "mla", "outside 1..48"),
+        (8, "joint", "needs --layout mla"),
+    ):
+        with pytest.raises((ConfigError, RankError), match=message):
+            _convert(source, out, text_file, kv_save=0.5, layout=layout, q_lora_rank=rank)
+    stats = care_mla.calibrate(
+        source, tmp_path / "stats", calibration=str(text_file), samples=4, seqlen=48, fisher=True
+    )
+    with pytest.raises(CalibrationError, match="--q-lora-rank needs the input second moment"):
+        care_mla.convert(source, out, stats=stats, kv_save=0.5, layout="mla", q_lora_rank=8)
+    assert not out.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias", "qwen3_moe"])
+def test_linearized_qk_norm(name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """No scales in the cache or the budget; decodes as it prefills; near the source."""
+    source = tiny(name)
+    n = _kv_width(source)
+    options = {"layout": "mla", "cache_elements": 6 * n, "qk_rope_head_dim": n, "ranks": "uniform"}
+    out = _convert(source, tmp_path / "out", text_file, qk_norm="linear", **options)
+    converted, ids = care_mla.load(out), _ids(2, 24)
+    expected = converted(ids, use_cache=False).logits
+    torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
+    assert measure_cache(converted, ids[:1]).layer_widths == [2 * n] * 3
+    assert not [name for name in load_file(out / "model.safetensors") if "q_norm" in name or "k_norm" in name]
+    logits = care_mla.load(source)(ids).logits
+    assert (expected - logits).square().mean() < 0.5 * logits.var()

@@ -117,6 +117,49 @@ def test_truncated_equals_the_own_classes(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["eps 1e-5, tied", "qwen2"])
+def test_low_rank_queries(kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """q_a_proj, an identity norm and q_b_proj, with and without query biases; at full rank the exact queries."""
+    source = _source(kind, tiny)
+    recipe = {"kv_save": 0.5, "qk_rope_head_dim": 4, "min_rank": 1}
+    converted = _convert(source, tmp_path / "mla", text_file, **recipe, q_lora_rank=20)
+    care_mla.export(converted, tmp_path / "stock")
+    own = care_mla.load(converted)
+    torch.testing.assert_close(_load_stock(tmp_path / "stock")["logits"], own(IDS).logits, atol=1e-4, rtol=0)
+    assert care_mla.load(tmp_path / "stock").config.q_lora_rank == 20 + (kind == "qwen2")
+    full = _convert(source, tmp_path / "full", text_file, **recipe, q_lora_rank=48)
+    exact = care_mla.load(_convert(source, tmp_path / "exact", text_file, **recipe))
+    torch.testing.assert_close(care_mla.load(full)(IDS).logits, exact(IDS).logits, atol=1e-4, rtol=0)
+    assert (own(IDS).logits - exact(IDS).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("q_lora_rank", [None, 20])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
+def test_linearized_qk_norm(
+    name: str, q_lora_rank: int | None, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Without scales in the cache, near the source, and the same in the stock class; with exact norms export is refused."""
+    source, n = tiny(name), care_mla.inspect(tiny(name, tmp_path / "again")).geometry.kv_width
+    options = {"cache_elements": 3 * 2 * n, "qk_rope_head_dim": 16, "ranks": "uniform"}
+    converted = _convert(source, tmp_path / "mla", text_file, **options, qk_norm="linear", q_lora_rank=q_lora_rank)
+    record = care_mla.export(converted, tmp_path / "stock")
+    own, loaded = care_mla.load(converted), _load_stock(tmp_path / "stock")
+    torch.testing.assert_close(loaded["logits"], own(IDS).logits, atol=1e-4, rtol=0)
+    widths = measure_cache(own, IDS[:1]).layer_widths
+    assert loaded["widths"].tolist() == widths == [2 * n] * 3 and record["cache_elements_per_token"] == 6 * n
+    exact = _convert(source, tmp_path / "exact", text_file, kv_save=0.3, qk_rope_head_dim=16, ranks="uniform")
+    with pytest.raises(UnsupportedModelError, match="QK-norm.*--qk-norm linear"):
+        care_mla.export(exact, tmp_path / "no")
+    if q_lora_rank is None:
+        plain = _convert(source, tmp_path / "plain", text_file, **options, qk_norm="linear", centre=False)
+        assert care_mla.load(plain).config.q_bias is False
+        care_mla.export(plain, tmp_path / "plain-stock", engine="vllm")
+        stock = care_mla.load(tmp_path / "plain-stock")
+        torch.testing.assert_close(stock(IDS).logits, care_mla.load(plain)(IDS).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_padding_for_vllm_is_exact(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     source = tiny("llama")
     converted = _convert(source, tmp_path / "mla", text_file, kv_save=0.25, qk_rope_head_dim=16, centre=False)

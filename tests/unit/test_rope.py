@@ -19,6 +19,7 @@ from care_mla.rope import (
     predicted_rotation_loss,
     real_map,
     select,
+    turned_covariance,
 )
 
 HEADS, WIDTH, INPUT, QUERIES = 3, 8, 10, 6  # kv heads, head width, hidden size, query heads
@@ -79,6 +80,16 @@ def test_standing_still_costs_nothing_when_slow_and_two_when_fast() -> None:
     distance = (positions[:, None] - positions)[torch.ones(50, 50).tril().bool()]
     literal = (torch.exp(1j * distance * 0.3) - 1).abs().square().mean()
     assert float(dropped_rotation(torch.tensor([0.3], dtype=torch.float64), 50)) == pytest.approx(float(literal))
+
+
+def test_turned_covariance_is_that_of_keys_turned_by_every_distance() -> None:
+    context, keys = 20, 0.5 + _random(30, HEADS * WIDTH)
+    second, mean = keys.T @ keys / 30, keys.mean(0)
+    turned = torch.stack([_rotate(keys.view(30, HEADS, WIDTH), -distance) for distance in range(context)])
+    weight = (context - torch.arange(context, dtype=torch.float64)) / (30 * sum(range(context + 1)))
+    about = turned - torch.einsum("d,dtgi->gi", weight, turned)
+    expected = torch.einsum("d,dtgi,dtgj->gij", weight, about, about)
+    torch.testing.assert_close(turned_covariance(second, mean, FREQUENCIES, context), expected)
 
 
 def test_free_keeps_the_dearest_pairs_and_stock_one_of_each_frequency(parts) -> None:  # type: ignore[no-untyped-def]

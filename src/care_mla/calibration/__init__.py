@@ -1,11 +1,18 @@
 """Calibration: text in, moments out."""
 
-from care_mla.calibration.collect import checkpoint_layers, collect_fisher, collect_moments
+from care_mla.calibration.collect import (
+    NormalizedTap,
+    checkpoint_layers,
+    collect_fisher,
+    collect_moments,
+    normalized_taps,
+)
 from care_mla.calibration.corpus import Batch, TokenWindows, load_text, load_tokenizer, make_windows
 from care_mla.calibration.propagation import OutputRefit, Propagation
 
 __all__ = [
     "Batch",
+    "NormalizedTap",
     "OutputRefit",
     "Propagation",
     "TokenWindows",
@@ -15,4 +22,5 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "make_windows",
+    "normalized_taps",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 from care_mla.calibration.corpus import Batch, TokenWindows
 from care_mla.errors import CalibrationError
 from care_mla.families import FamilySpec
+from care_mla.geometry import Geometry
 from care_mla.progress import Track, silent
-from care_mla.stats import FisherMoments, Moments
+from care_mla.stats import CrossMoments, FisherMoments, Moments, NormalizedStatistics
+from care_mla.stats.normalized import with_constant
+
+Hook = Callable[..., None]
 
 
 class _LayerTap:
@@ -31,11 +35,19 @@ class _LayerTap:
         """What counts in the coming forward pass."""
         self.counted, self.token_weight = counted, token_weight
 
-    def on_keys(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
+        """Modules of an attention and the forward hooks that feed this tap."""
+        (keys, key_rows), (values, value_rows) = (family.stored(projection, geometry) for projection in ("k", "v"))
+        return [
+            (attention.get_submodule(keys), partial(self.on_keys, key_rows)),
+            (attention.get_submodule(values), partial(self.on_values, value_rows)),
+        ]
+
+    def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of the module that holds the keys in `rows` of its outputs."""
         self._keys = _without_bias(output, module)[..., rows]
 
-    def on_values(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_values(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of the module that holds the values in `rows` of its outputs."""
         assert self._keys is not None
         y = torch.cat([self._keys, _without_bias(output, module)[..., rows]], dim=-1).flatten(0, 1)
@@ -51,21 +63,21 @@ class _LayerTap:
             ) from error
 
 
-def _without_bias(output: Tensor, module: nn.Linear) -> Tensor:
-    return output if module.bias is None else output - module.bias
+def _without_bias(output: Tensor, module: nn.Module) -> Tensor:
+    """[batch, tokens, width] outputs of a projection without its bias, or of a norm over heads."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return (output if bias is None else output - bias).flatten(2)
 
 
 @contextmanager
 def _tapped(model: PreTrainedModel, family: FamilySpec, taps: Sequence[_LayerTap]) -> Iterator[None]:
     handles = []
     geometry = family.geometry(model.config.to_dict())
-    (keys, key_rows), (values, value_rows) = (family.stored(projection, geometry) for projection in ("k", "v"))
     try:
         for tap in taps:
             attention = model.get_submodule(family.attention_name(tap.layer))
-            on_keys, on_values = partial(tap.on_keys, key_rows), partial(tap.on_values, value_rows)
-            handles.append(attention.get_submodule(keys).register_forward_hook(on_keys))
-            handles.append(attention.get_submodule(values).register_forward_hook(on_values))
+            for module, hook in tap.hooks(attention, family, geometry):
+                handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -90,12 +102,14 @@ def collect_moments(
     *,
     with_inputs: bool = False,
     batch_size: int = 8,
+    alongside: Sequence[NormalizedTap] = (),
     track: Track = silent,
 ) -> list[Moments]:
     """Moments of every layer from one forward pass over the windows; nothing but the sums is kept.
 
     Args:
-        with_inputs: also E[x x^T], for care_c.
+        with_inputs: also E[x x^T], for care_c and low-rank queries.
+        alongside: from `normalized_taps`, fed by the same pass.
 
     Raises:
         CalibrationError: non-finite activations, with the layer named.
@@ -108,10 +122,11 @@ def collect_moments(
         )
         for layer in range(geometry.num_layers)
     ]
+    fed = [*taps, *alongside]
     decoder = model.get_decoder()  # without the language-model head: its logits are not needed
-    with _tapped(model, family, taps):
+    with _tapped(model, family, fed):
         for batch in track(windows.batches(batch_size), "Collecting moments", -(-len(windows) // batch_size)):
-            _announce(taps, batch, model.device)
+            _announce(fed, batch, model.device)
             decoder(
                 input_ids=batch.input_ids.to(model.device),
                 attention_mask=batch.mask_or_none(model.device),
@@ -130,23 +145,23 @@ class _FisherTap(_LayerTap):
         self._outputs: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
 
-    def on_keys(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
             super().on_keys(rows, module, inputs, output.detach())
             self._watch("k", output, rows, module)
 
-    def on_values(self, rows: slice, module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def on_values(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
             super().on_values(rows, module, (inputs[0].detach(),), output.detach())
             self._watch("v", output, rows, module)
 
-    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Linear) -> None:
+    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Module) -> None:
         if not output.requires_grad:
             raise CalibrationError(
                 f"layer {self.layer}: this model's forward cuts the gradient; method fisher cannot be used, choose --method care"
             )
         self._outputs.append(_without_bias(output.detach(), module)[..., rows])
-        output.register_hook(lambda gradient: self._receive(name, gradient[..., rows]))
+        output.register_hook(lambda gradient: self._receive(name, gradient.flatten(2)[..., rows]))
 
     def _receive(self, name: str, gradient: Tensor) -> None:
         self._gradients[name] = gradient
@@ -157,11 +172,80 @@ class _FisherTap(_LayerTap):
             if self.counted is not None:
                 y, g = y[self.counted], g[self.counted]
             try:
-                self.fisher.update(y, g, self.moments.second_moment, self.token_weight)
+                self._add(y, g)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"layer {self.layer}: {error} at the keys and values; use --method care, or --dtype float32"
                 ) from error
+
+    def _add(self, y: Tensor, g: Tensor) -> None:
+        """Outputs and their gradients of the tokens that count."""
+        self.fisher.update(y, g, self.moments.second_moment, self.token_weight)
+
+
+class NormalizedTap(_FisherTap):
+    """Feeds normalized queries and keys, and the input that they came from, into a layer's `NormalizedStatistics`.
+
+    The keys of `moments` and `fisher` are the normalized ones here. Queries are held until the values arrive, inputs until the
+    gradients have come back.
+    """
+
+    def __init__(self, layer: int, geometry: Geometry, device: torch.device, *, with_gradients: bool):
+        outputs, inputs = 2 * geometry.kv_width, geometry.hidden_size
+        super().__init__(
+            layer, Moments.zeros(outputs, inputs, device=device), FisherMoments.zeros(outputs, device=device)
+        )
+        self.with_gradients = with_gradients
+        self.queries, self.keys = (
+            CrossMoments.zeros(inputs + 1, width, device=device)
+            for width in (geometry.num_heads * geometry.head_dim, geometry.kv_width)
+        )
+        self._normalized: Tensor | None = None
+        self._inputs: Tensor | None = None
+
+    @property
+    def statistics(self) -> NormalizedStatistics:
+        """What was collected."""
+        return NormalizedStatistics(self.queries, self.keys, self.fisher if self.with_gradients else None)
+
+    def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
+        assert family.q_norm is not None and family.k_norm is not None
+        values, rows = family.stored("v", geometry)
+        return [
+            (attention.get_submodule(family.q_norm), self.on_queries),
+            (attention.get_submodule(family.k_norm), partial(self.on_keys, slice(None))),
+            (attention.get_submodule(values), partial(self.on_values, rows)),
+        ]
+
+    def on_queries(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Forward hook of the queries' norm."""
+        if self.recording:
+            self._normalized = output.detach().flatten(2)
+
+    def on_values(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if not self.recording:
+            return
+        assert self._normalized is not None and self._keys is not None
+        counted = slice(None) if self.counted is None else self.counted
+        x, q, k = (t.detach().flatten(0, 1)[counted] for t in (inputs[0], self._normalized, self._keys))
+        self._normalized, self._inputs = None, with_constant(x)
+        super().on_values(rows, module, inputs, output)  # where activations that are not finite are found
+        weight = x.new_ones(len(x)) if self.token_weight is None else self.token_weight
+        self.queries.update(self._inputs, q, weight)
+        if not self.with_gradients:
+            self.keys.update(self._inputs, k, weight)
+
+    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Module) -> None:
+        if self.with_gradients:
+            super()._watch(name, output, rows, module)
+
+    def _add(self, y: Tensor, g: Tensor) -> None:
+        super()._add(y, g)
+        assert self._inputs is not None
+        norms = g.float().square().sum(1).sqrt()
+        weight = norms if self.token_weight is None else norms * self.token_weight
+        self.keys.update(self._inputs, y[:, : y.shape[1] // 2], weight)
+        self._inputs = None
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator, block: int = 256) -> Tensor:
@@ -205,6 +289,7 @@ def collect_fisher(
     seed: int = 42,
     with_inputs: bool = False,
     batch_size: int = 4,
+    alongside: Sequence[NormalizedTap] = (),
     track: Track = silent,
 ) -> tuple[list[Moments], list[FisherMoments]]:
     """Moments and Fisher statistics of every layer from one forward and backward pass.
@@ -214,6 +299,7 @@ def collect_fisher(
 
     Args:
         seed: of the sampled labels.
+        alongside: from `normalized_taps`, fed by the same pass.
 
     Raises:
         CalibrationError: non-finite or zero gradients, with the layer named, or a forward that breaks autograd.
@@ -228,6 +314,36 @@ def collect_fisher(
         )
         for layer in range(geometry.num_layers)
     ]
+    fed = [*taps, *alongside]
+    _forward_and_backward(model, family, windows, fed, seed=seed, batch_size=batch_size, track=track)
+    return [tap.moments for tap in taps], [tap.fisher for tap in taps]
+
+
+def normalized_taps(model: PreTrainedModel, family: FamilySpec, *, with_gradients: bool = False) -> list[NormalizedTap]:
+    """Taps of every layer for `collect_moments` or `collect_fisher` to feed alongside; `NormalizedTap.statistics` holds the result.
+
+    Args:
+        family: with QK-norm over heads.
+        with_gradients: also collect Fisher statistics, of the normalized keys and the values; needs `collect_fisher`.
+    """
+    geometry = family.geometry(model.config.to_dict())
+    return [
+        NormalizedTap(layer, geometry, model.device, with_gradients=with_gradients)
+        for layer in range(geometry.num_layers)
+    ]
+
+
+def _forward_and_backward(
+    model: PreTrainedModel,
+    family: FamilySpec,
+    windows: TokenWindows,
+    taps: Sequence[_FisherTap],
+    *,
+    seed: int,
+    batch_size: int,
+    track: Track,
+) -> None:
+    """Run the windows through the model and the gradient of a sampled loss back, for its taps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _tapped(model, family, taps), _differentiable(model, family):
         for batch in track(windows.batches(batch_size), "Collecting Fisher statistics", -(-len(windows) // batch_size)):
@@ -249,7 +365,6 @@ def collect_fisher(
                 ) from error
             for tap in taps:
                 tap.recording = True
-    return [tap.moments for tap in taps], [tap.fisher for tap in taps]
 
 
 def checkpoint_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:

@@ -24,7 +24,12 @@ def calibrate(
     batch_size: options.BatchSize = None,
     pack: options.Pack = None,
     inputs: Annotated[
-        bool | None, typer.Option("--inputs", help="Also collect D x D input moments, for method care_c.")
+        bool | None,
+        typer.Option("--inputs", help="Also collect D x D input moments, for method care_c and --q-lora-rank."),
+    ] = None,
+    normalized: Annotated[
+        bool | None,
+        typer.Option("--normalized", help="Also collect normalized queries and keys, for --qk-norm linear."),
     ] = None,
     fisher: Annotated[
         bool | None,
@@ -44,6 +49,7 @@ def calibrate(
         batch_size=batch_size,
         pack=pack,
         inputs=inputs,
+        normalized=normalized,
         fisher=fisher,
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)

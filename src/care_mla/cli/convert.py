@@ -93,6 +93,16 @@ def convert(
     context: Annotated[
         int | None, typer.Option("--context", help="Layout mla: positions attention must span.  [default: 8192]")
     ] = None,
+    q_lora_rank: Annotated[
+        int | None, typer.Option("--q-lora-rank", help="Layout mla: rank of the queries.  [default: exact queries]")
+    ] = None,
+    qk_norm: Annotated[
+        str | None,
+        typer.Option(
+            "--qk-norm",
+            help="Layout mla: exact, with a cached scale a kv head, or linear, a regression that stock classes can hold.  [default: exact]",
+        ),
+    ] = None,
     refit: Annotated[
         bool | None,
         typer.Option(
@@ -149,6 +159,8 @@ def convert(
         freq_fold=freq_fold,
         qk_rope_head_dim=qk_rope_head_dim,
         context=context,
+        q_lora_rank=q_lora_rank,
+        qk_norm=qk_norm,
         refit=refit,
         refit_tokens=refit_tokens,
         refit_ridge=refit_ridge,
@@ -183,7 +195,9 @@ def convert(
 def recipe_name(recipe: dict[str, Any]) -> str:
     """What was done, in a line."""
     refit = ", output projections refitted" if recipe["refit"] else ""
-    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{refit}"
+    norm = ", linear QK-norm" if recipe["qk_norm"] == "linear" else ""
+    queries = f", queries of rank {recipe['q_lora_rank']}" if recipe["q_lora_rank"] is not None else ""
+    return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{norm}{queries}{refit}"
 
 
 def _rotary_row(manifest: dict[str, Any]) -> str:
@@ -211,12 +225,20 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
     if recipe["layout"] == "mla":
         table.add_row("rotary key", _rotary_row(manifest))
-    for block, name in (("k", "keys"), ("v", "values")):
-        errors = [layer["relative_error"][block] for layer in layers]
+    for block, name in (("k", "keys"), ("v", "values"), ("q", "queries")):
+        errors = [layer["relative_error"][block] for layer in layers if block in layer["relative_error"]]
+        if not errors:
+            continue
         table.add_row(
             f"relative error of {name}",
             f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",
         )
+    if recipe["qk_norm"] == "linear":
+        both = ", ".join(
+            f"{name} {sum(layer['norm_error'][part] for layer in layers) / len(layers):.4f}"
+            for part, name in (("q", "queries"), ("k", "keys"))
+        )
+        table.add_row("relative error of linear QK-norm", f"mean {both}")
     if manifest["predicted_loss_increase"] is not None:
         before = " (before the refit)" if recipe["refit"] else ""
         table.add_row("predicted loss increase", f"{manifest['predicted_loss_increase']:.4f} nats per token{before}")

@@ -14,4 +14,5 @@ QWEN3 = FamilySpec(
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     },
+    exports=("deepseek-v3",),
 )

@@ -27,7 +27,7 @@ def ridge_refit(
     """
     scale = second_moment.diagonal().mean()
     if not bool(torch.isfinite(cross_moment).all() & torch.isfinite(second_moment).all()) or scale <= 0:
-        raise NumericalError("the inputs of the output projection are all zero or not finite")
+        raise NumericalError("the inputs of the map to fit are all zero or not finite")
     damped = second_moment + ridge * scale * torch.eye(len(second_moment), dtype=W.dtype, device=W.device)
     residual = cross_moment - W @ second_moment
     change: Tensor = torch.linalg.solve(damped, residual.T).T

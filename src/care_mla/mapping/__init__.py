@@ -10,6 +10,8 @@ from care_mla.mapping.latent import (
     split_blocks,
 )
 from care_mla.mapping.mla import AttentionWeights, mla_tensors, position_free
+from care_mla.mapping.qk_norm import linearization_error, linearized_attention, linearized_statistics
+from care_mla.mapping.queries import query_factors, query_metric, relative_query_error
 from care_mla.ranks.plan import Layout
 
 EXPRESSES: dict[Layout, dict[str, str]] = {"split": latent.EXPRESSES, "joint": latent.EXPRESSES, "mla": mla.EXPRESSES}
@@ -25,9 +27,15 @@ __all__ = [
     "DenseProjections",
     "dense_projections",
     "latent_tensors",
+    "linearization_error",
+    "linearized_attention",
+    "linearized_statistics",
     "mla_tensors",
     "position_free",
     "predicted_loss_increase",
+    "query_factors",
+    "query_metric",
     "relative_errors",
+    "relative_query_error",
     "split_blocks",
 ]

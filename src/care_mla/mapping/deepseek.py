@@ -37,8 +37,14 @@ EXPRESSES: dict[Engine, dict[str, str]] = {
 scaling into a variant of YaRN."""
 
 EMBEDDING = "model.embed_tokens.weight"
-REQUIRED = ("q_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight")
-"""What `attention_tensors` cannot do without."""
+REQUIRED = ("kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight")
+"""What `attention_tensors` cannot do without, beside `query_weights`."""
+
+
+def query_weights(q_lora_rank: int | None) -> tuple[str, ...]:
+    """Weights of the queries that a converted attention has."""
+    return ("q_proj.weight",) if q_lora_rank is None else ("q_a_proj.weight", "q_b_proj.weight")
+
 
 NORM_EPS = 1e-6
 SHRUNK = 2.0**-40
@@ -103,6 +109,26 @@ def _interleaved(rotary: Float[Tensor, "... P2 D"]) -> Float[Tensor, "... P2 D"]
     return torch.stack([real, imaginary], dim=-2).flatten(-3, -2)
 
 
+def _two_query_maps(
+    query_down: Float[Tensor, "r D"], queries: Float[Tensor, "m r1"], *, constant: bool
+) -> dict[str, Tensor]:
+    """q_a_proj, an identity q_a_layernorm and q_b_proj of queries(query_down x), or queries([query_down x ; 1])."""
+    rank, width = query_down.shape
+    result = {"q_a_proj.weight": SHRUNK * query_down}
+    if constant:
+        one = query_down.new_zeros(rank + 1)
+        one[-1] = SHRUNK
+        result = {
+            "q_a_proj.weight": torch.cat([SHRUNK * query_down, query_down.new_zeros(1, width)]),
+            "q_a_proj.bias": one,
+        }
+    return {
+        **result,
+        "q_a_layernorm.weight": query_down.new_full((rank + constant,), NORM_WEIGHT),
+        "q_b_proj.weight": queries / NORM_GAIN,
+    }
+
+
 def attention_tensors(
     tensors: Mapping[str, Tensor],
     *,
@@ -123,11 +149,12 @@ def attention_tensors(
         attention_scaling: factor of cos and sin (YaRN); position-free scores need its square.
     """
     wide = {name: tensor.double() for name, tensor in tensors.items()}
-    q, down = wide["q_proj.weight"], wide["kv_a_proj_with_mqa.weight"]
+    own = "q_b_proj" if "q_b_proj.weight" in wide else "q_proj"
+    q, q_bias, down = wide[f"{own}.weight"], wide.get(f"{own}.bias"), wide["kv_a_proj_with_mqa.weight"]
     hidden_size, rank = down.shape[1], len(down) - qk_rope_head_dim
     padding = kv_lora_rank - rank
-    if "q_proj.bias" in wide:
-        q = torch.cat([q, wide["q_proj.bias"][:, None]], dim=1)
+    if q_bias is not None:
+        q = torch.cat([q, q_bias[:, None]], dim=1)
     heads = q.view(num_heads, head_dim + qk_rope_head_dim, -1) * math.sqrt(1.0 + qk_rope_head_dim / head_dim)
     position_free = heads[:, :head_dim] * attention_scaling**2
     queries = torch.cat([position_free, _interleaved(heads[:, head_dim:])], dim=1).flatten(0, 1)
@@ -141,16 +168,14 @@ def attention_tensors(
         "kv_b_proj.weight": torch.cat([up, up.new_zeros(len(up), padding)], dim=1),
         "o_proj.weight": scale * wide["o_proj.weight"],
     }
-    if "q_proj.bias" in wide:  # queries of [x ; 1]
-        constant = down.new_zeros(hidden_size + 1)
-        constant[-1] = SHRUNK
-        result["q_a_proj.weight"] = SHRUNK * torch.eye(hidden_size + 1, hidden_size, dtype=down.dtype)
-        result["q_a_proj.bias"] = constant
-        result["q_a_layernorm.weight"] = down.new_full((hidden_size + 1,), NORM_WEIGHT)
-        result["q_b_proj.weight"] = queries / NORM_GAIN
-    else:
+    if q_bias is None and "q_a_proj.weight" not in wide:
         result["q_proj.weight"] = queries
+    else:
+        query_down = wide.get("q_a_proj.weight", torch.eye(hidden_size, dtype=down.dtype))
+        result |= _two_query_maps(query_down, queries, constant=q_bias is not None)
     if biased:
+        if "q_a_proj.weight" in result:
+            result.setdefault("q_a_proj.bias", down.new_zeros(len(result["q_a_proj.weight"])))
         rotary_bias = wide.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))[rank:]
         result["kv_a_proj_with_mqa.bias"] = torch.cat(
             [down.new_zeros(kv_lora_rank), _interleaved(rotary_bias[:, None])[:, 0]]
@@ -169,13 +194,16 @@ def deepseek_config(
     biased: bool,
     query_bias: bool,
     dtype: str,
+    q_lora_rank: int | None = None,
 ) -> dict[str, Any]:
     """config.json of the stock checkpoint.
 
     Args:
         source: the source model's config, complete: entries that config.json may omit, and rope_parameters.
         query_bias: whether queries have a bias, which needs q_a_proj in front of them.
+        q_lora_rank: of the converted model; None: exact queries.
     """
+    query_rank = q_lora_rank if q_lora_rank is not None or not query_bias else source["hidden_size"]
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings",
         "initializer_range", "attention_dropout", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -189,7 +217,7 @@ def deepseek_config(
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads,
         "kv_lora_rank": kv_lora_rank,
-        "q_lora_rank": source["hidden_size"] + 1 if query_bias else None,
+        "q_lora_rank": None if query_rank is None else query_rank + query_bias,
         "qk_nope_head_dim": head_dim,
         "qk_rope_head_dim": qk_rope_head_dim,
         "v_head_dim": head_dim,
@@ -214,11 +242,26 @@ def deepseek_config(
     }
 
 
+def converted_features(features: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Features of a source (`FamilySpec.features`) that its conversion still has.
+
+    Args:
+        config: config.json of the converted model.
+    """
+    result = dict(features)
+    if config.get("qk_norm") == "linear":
+        del result["QK-norm"]
+        result.pop("qkv bias", None)
+        if config["q_bias"] or config["k_bias"]:
+            result["qkv bias"] = "what linearized norms amount to"
+    return result
+
+
 def require_holdable(features: Mapping[str, str], *, engine: Engine, dtype: str, o_bias: bool) -> None:
     """Refuse by name what the target cannot hold.
 
     Args:
-        features: of the source, see `FamilySpec.features`.
+        features: of the converted model, see `converted_features`.
 
     Raises:
         UnsupportedModelError: the sentence names what can.
@@ -231,6 +274,8 @@ def require_holdable(features: Mapping[str, str], *, engine: Engine, dtype: str,
             if able
             else "serve the converted directory itself, with care_mla's classes"
         )
+        if lost == ["QK-norm"]:
+            instead += ", or convert with --qk-norm linear"
         raise UnsupportedModelError(
             f"{', '.join(lost)}: a stock DeepSeek checkpoint for {engine} cannot hold it; {instead}"
         )

@@ -7,6 +7,10 @@ Tensors of one attention module (R latent width, P rotary pairs, d head width, n
     q_proj.weight             [n_h (d + 2P), D]  each head's position-free query and rotary query
     o_proj.bias               [D]              what constants of the values amount to
 
+With `--q-lora-rank` r (`mapping.queries`), q_proj is two maps, a bias of the queries on the second:
+    q_a_proj.weight           [r, D]           x -> latent of all queries
+    q_b_proj.weight           [.., r]          what q_proj.weight would be, of that latent
+
 With QK-norm, keys are k / rms(k) * w: w is folded into the maps, 1 / rms(k) is cached, one scale a kv head, and multiplies scores.
 Queries are normalized before they are split, so their projection stays the source's:
     q_proj.weight             [n_h d, D]       the source's
@@ -33,7 +37,7 @@ EXPRESSES: dict[str, str] = {
     "sliding window": "same masks; windowed layers cache a window",
     "RoPE scaling": "the rotary key is turned by the model's own rotary module",
     "tied embeddings": "unchanged",
-    "QK-norm": "one scale a kv head is cached and multiplies scores",
+    "QK-norm": "one scale a kv head is cached and multiplies scores; or linearized, approximately (`--qk-norm linear`)",
 }
 
 REFUSES: dict[str, str] = {
@@ -55,7 +59,7 @@ class AttentionWeights:
 
     Attributes:
         q, k, v: [n_h d, D], [n, D], [n, D]; o: [D, n_h d]; biases or None.
-        k_norm: [d] weight of the keys' norm, None without QK-norm.
+        q_norm, k_norm: [d] weights of the norms of queries and keys, None without QK-norm.
     """
 
     q: Float[Tensor, "nq D"]
@@ -66,7 +70,13 @@ class AttentionWeights:
     k_bias: Float[Tensor, "n"] | None = None
     v_bias: Float[Tensor, "n"] | None = None
     o_bias: Float[Tensor, "D"] | None = None
+    q_norm: Float[Tensor, "d"] | None = None
     k_norm: Float[Tensor, "d"] | None = None
+
+    @property
+    def keys_and_values(self) -> Float[Tensor, "m D"]:
+        """[W_K ; W_V], m = 2n."""
+        return torch.cat([self.k, self.v])
 
     def key_scale(self) -> Float[Tensor, "n"]:
         """w of the keys' norm for every key; ones without QK-norm."""
@@ -110,6 +120,7 @@ def mla_tensors(
     num_kv_heads: int,
     head_dim: int,
     mean: Float[Tensor, "m"] | None = None,
+    queries: Factors | None = None,
 ) -> dict[str, Tensor]:
     """Weights of one converted attention module, by name.
 
@@ -117,6 +128,7 @@ def mla_tensors(
         factors: of [rest k ; v], see `position_free`.
         mean: mu of centred moments of [k ; v]. Softmax is blind to a constant in the position-free keys (not with QK-norm:
             `k_constant`); the constant of the values moves into o_proj's bias, exactly, since attention weights sum to one.
+        queries: of the source's q without its bias, where they are to be of low rank; None keeps them exact.
 
     With QK-norm, selection, factors and mean are those of [w k ; v].
     """
@@ -128,18 +140,19 @@ def mla_tensors(
     stacked = torch.cat([selection.rest @ keys, source.v])
     down = torch.cat([factors.encode @ stacked, rotary_key(keys, selection, head_dim)])
     ups = [part.view(num_kv_heads, head_dim, -1)[group] for part in (factors.up[:n], factors.up[n:])]
-    queries = source.q.view(num_heads, head_dim, -1)
-    tensors = {
+    q, of_queries = (source.q, "q_proj") if queries is None else (queries.up, "q_b_proj")
+    tensors = {} if queries is None else {"q_a_proj.weight": queries.encode @ source.q}
+    tensors |= {
         "kv_a_proj_with_mqa.weight": down,
         "kv_b_proj.weight": torch.cat(ups, dim=1).flatten(0, 1),
-        "q_proj.weight": torch.cat(
-            [queries, rotary_queries(source.q, selection, num_kv_heads, head_dim)], dim=1
+        f"{of_queries}.weight": torch.cat(
+            [q.view(num_heads, head_dim, -1), rotary_queries(q, selection, num_kv_heads, head_dim)], dim=1
         ).flatten(0, 1),
         "o_proj.weight": source.o,
     }
     if source.q_bias is not None:
         rotary = rotary_queries(source.q_bias, selection, num_kv_heads, head_dim)
-        tensors["q_proj.bias"] = torch.cat([source.q_bias.view(num_heads, head_dim), rotary], dim=1).flatten()
+        tensors[f"{of_queries}.bias"] = torch.cat([source.q_bias.view(num_heads, head_dim), rotary], dim=1).flatten()
     if k_bias is not None:
         latent = torch.zeros(len(factors.encode), dtype=down.dtype)
         tensors["kv_a_proj_with_mqa.bias"] = torch.cat([latent, rotary_key(k_bias, selection, head_dim)])
@@ -152,12 +165,12 @@ def mla_tensors(
     if source.k_norm is not None:
         one_head_each = torch.eye(head_dim, dtype=down.dtype).repeat(num_kv_heads, 1)
         tensors |= {
-            "q_proj.weight": source.q,
+            f"{of_queries}.weight": q,
             "q_rope.weight": rotary_queries(one_head_each, selection, num_kv_heads, head_dim).flatten(0, 1),
             "k_proj.weight": source.k,
             "k_constant": k_constant,
         }
-        tensors |= {} if source.q_bias is None else {"q_proj.bias": source.q_bias}
+        tensors |= {} if source.q_bias is None else {f"{of_queries}.bias": source.q_bias}
         tensors |= {} if source.k_bias is None else {"k_proj.bias": source.k_bias}
     if mean is not None or source.v_bias is not None or source.o_bias is not None:
         by_head = constant.view(num_kv_heads, head_dim)[group].flatten()

@@ -4,6 +4,6 @@
 """
 
 from care_mla.methods import asvd, balanced_pca, care, care_c, fisher, svd  # noqa: F401  (registration)
-from care_mla.methods.registry import METHODS, Coupling, Method, Metric, Weighting, get_method
+from care_mla.methods.registry import METHODS, Coupling, Method, Metric, Weighting, get_method, require_inputs
 
-__all__ = ["METHODS", "Coupling", "Method", "Metric", "Weighting", "get_method"]
+__all__ = ["METHODS", "Coupling", "Method", "Metric", "Weighting", "get_method", "require_inputs"]

@@ -12,7 +12,7 @@ from care_mla.stats import LayerStatistics
 @method("care_c", source="CARE App. I.8", needs_inputs=True)
 def care_c(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = W C^2 W^T with C shrunk as in `care`."""
-    C = require_inputs(statistics, "care_c")
+    C = require_inputs(statistics, "method care_c")
     C = shrink(
         C, statistics.moments.mean_input_energy * torch.eye(len(C), dtype=C.dtype, device=C.device), weighting.shrinkage
     )

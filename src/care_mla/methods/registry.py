@@ -106,13 +106,16 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def require_inputs(statistics: LayerStatistics, name: str) -> Float[Tensor, "D D"]:
+def require_inputs(statistics: LayerStatistics, asker: str) -> Float[Tensor, "D D"]:
     """The input second moment C = E[x x^T].
+
+    Args:
+        asker: who needs it, e.g. "method care_c".
 
     Raises:
         CalibrationError: it was not collected.
     """
     moments = statistics.moments
     if moments.input_second is None:
-        raise CalibrationError(f"method {name} needs the input second moment; calibrate with `--inputs`")
+        raise CalibrationError(f"{asker} needs the input second moment; calibrate with `--inputs`")
     return moments.input_second / moments.weight

@@ -209,7 +209,7 @@ class MlaAttention(ConvertedAttention):
 
     What is cached is the latent and the rotary key, already turned. The rotary pairs turn at chosen frequencies of the
     source's own rotary module (`rope_frequencies`), so every kind of RoPE scaling is the model's own. With QK-norm one scale
-    a kv head is cached too, see `mapping.mla`.
+    a kv head is cached too, see `mapping.mla`. With `q_lora_rank` queries are q_b_proj(q_a_proj(x)).
     """
 
     def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):
@@ -221,9 +221,10 @@ class MlaAttention(ConvertedAttention):
         q_proj, o_proj = self._source_queries(source, family, self.geometry), getattr(source, family.o_proj)
         width, heads, d = q_proj.in_features, self.num_heads, self.head_dim
         self._q_proj, self._o_proj = family.q_proj, family.o_proj
-        self.normalized = family.k_norm is not None
-        if family.k_norm is not None and family.q_norm is not None:
-            queries = q_proj
+        self.normalized = family.k_norm is not None and config.qk_norm == "exact"
+        if self.normalized:
+            assert family.q_norm is not None and family.k_norm is not None
+            query_width = q_proj.out_features
             self._q_norm, self._k_norm = family.q_norm, family.k_norm
             self.add_module(self._q_norm, getattr(source, family.q_norm))
             self.add_module(self._k_norm, getattr(source, family.k_norm))
@@ -231,10 +232,16 @@ class MlaAttention(ConvertedAttention):
             self.q_rope = nn.Linear(d, self.num_kv_heads * rope_width, bias=False)
             self.k_constant = nn.Parameter(torch.zeros(self.num_kv_heads * d))
         else:
-            queries = nn.Linear(width, heads * (d + rope_width), bias=q_proj.bias is not None)
+            query_width = heads * (d + rope_width)
         self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + rope_width, bias=config.k_bias)
         self.kv_b_proj = nn.Linear(self.rank, heads * 2 * d, bias=False)
-        self.add_module(self._q_proj, queries)
+        if config.q_lora_rank is not None:
+            self._q_proj = "q_b_proj"
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+        self.low_rank_queries = config.q_lora_rank is not None
+        query_inputs = width if config.q_lora_rank is None else config.q_lora_rank
+        q_bias = q_proj.bias is not None if config.q_bias is None else config.q_bias
+        self.add_module(self._q_proj, nn.Linear(query_inputs, query_width, bias=q_bias))
         self.add_module(self._o_proj, nn.Linear(heads * d, o_proj.out_features, bias=config.o_bias))
         # cos and sin carry YaRN's attention factor; the position-free part of a score needs its square too.
         self.position_free_scale = getattr(rotary, "attention_scaling", 1.0) ** 2
@@ -286,11 +293,8 @@ class MlaAttention(ConvertedAttention):
 
     def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free [b, n_h, q, d] and rotary [b, n_h, q, 2P] queries, neither turned yet."""
-        heads = (
-            getattr(self, self._q_proj)(hidden_states)
-            .view(*hidden_states.shape[:2], self.num_heads, -1)
-            .transpose(1, 2)
-        )
+        inputs = self.q_a_proj(hidden_states) if self.low_rank_queries else hidden_states
+        heads = getattr(self, self._q_proj)(inputs).view(*inputs.shape[:2], self.num_heads, -1).transpose(1, 2)
         if not self.normalized:
             return heads[..., : self.head_dim], heads[..., self.head_dim :]
         heads = getattr(self, self._q_norm)(heads)

@@ -23,6 +23,9 @@ class CareMlaConfig(PreTrainedConfig):
         k_lora_rank: [num_layers] how many of these belong to the keys; None when joint.
         k_bias, v_bias: whether rebuilt keys (mla: the rotary key) and values have a bias.
         o_bias: whether o_proj has a bias; layout mla, else the source's own.
+        q_lora_rank: rank of the queries, whose projections are q_a_proj and q_b_proj then; None: exact queries. Layout mla.
+        q_bias: whether queries have a bias; None: as the source's. Layout mla.
+        qk_norm: "exact", with the source's norms, or "linear", where projections stand for them. Layout mla.
         rope_frequencies: [num_layers][qk_rope_head_dim / 2] index into the source's frequencies of every rotary pair; mla.
     """
 
@@ -36,6 +39,9 @@ class CareMlaConfig(PreTrainedConfig):
     k_bias: bool = False
     v_bias: bool = False
     o_bias: bool = False
+    q_lora_rank: int | None = None
+    q_bias: bool | None = None
+    qk_norm: str = "exact"
     rope_frequencies: list[list[int]] | None = None
     tie_word_embeddings: bool = False
 
@@ -56,6 +62,8 @@ def converted_config(
     biases: Collection[str],
     dtype: str,
     rope_frequencies: list[list[int]] | None = None,
+    q_lora_rank: int | None = None,
+    qk_norm: str = "exact",
 ) -> dict[str, Any]:
     """config.json of a converted checkpoint; the source's own config is kept whole under `text_config`.
 
@@ -69,7 +77,13 @@ def converted_config(
         for key, value in source_config.items()
         if key not in ("torch_dtype", "quantization_config", "auto_map")
     }
-    mla = {"o_bias": "o_proj.bias" in biases, "rope_frequencies": rope_frequencies} if plan.layout == "mla" else {}
+    mla = {
+        "o_bias": "o_proj.bias" in biases,
+        "q_lora_rank": q_lora_rank,
+        "q_bias": bool({"q_proj.bias", "q_b_proj.bias"} & set(biases)),
+        "qk_norm": qk_norm,
+        "rope_frequencies": rope_frequencies,
+    }
     return {
         "model_type": CareMlaConfig.model_type,
         "architectures": ["CareMlaForCausalLM"],
@@ -79,6 +93,6 @@ def converted_config(
         "k_lora_rank": [ranks[0] for ranks in plan.ranks] if plan.layout == "split" else None,
         "k_bias": bool({"k_b_proj.bias", "kv_a_proj_with_mqa.bias"} & set(biases)),
         "v_bias": "v_b_proj.bias" in biases,
-        **mla,
+        **(mla if plan.layout == "mla" else {}),
         "text_config": {**text_config, "dtype": dtype},
     }

@@ -18,11 +18,13 @@ from care_mla.config import CalibrationSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families.spec import Projection
 from care_mla.linalg import Factors
-from care_mla.mapping import AttentionWeights, dense_projections, latent_tensors, mla_tensors
+from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
 from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, versions, write_json
 from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.evidence import require_statistics
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
+from care_mla.pipeline.queries import low_rank_queries
 from care_mla.pipeline.source import Source, open_source, require_elsewhere
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
@@ -66,15 +68,20 @@ def convert(
             "give either --stats or calibration options, not both: the statistics say what they were calibrated on"
         )
     method = get_method(chosen.method)
-    settings: CalibrationSettings = CalibrationSettings.make(
-        **{"inputs": method.needs_inputs, "fisher": method.needs_fisher, **(calibration or {})}
-    )
+    needs = {
+        "inputs": method.needs_inputs or chosen.q_lora_rank is not None,
+        "fisher": method.needs_fisher,
+        "normalized": chosen.qk_norm == "linear",
+    }
+    settings: CalibrationSettings = CalibrationSettings.make(**{**needs, **(calibration or {})})
     out = Path(out)
     require_writable(out, overwrite)
     opened = open_source(source)
     require_elsewhere(out, opened.directory)
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
+    if statistics is not None:
+        require_statistics(statistics, chosen)
 
     with (
         atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
@@ -92,8 +99,22 @@ def convert(
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            tensors = converted_tensors(opened, layer, factors, spectra)
             record = layer_record(spectra, statistics, plan, layer)
+            if plan.layout == "mla":
+                weights = spectra.evidence.attention(layer)
+                queries = low_rank_queries(opened.geometry, spectra, weights, chosen, layer)
+                tensors = mla_tensors(
+                    weights,
+                    spectra.selections[layer],
+                    factors[0],
+                    num_kv_heads=opened.geometry.num_kv_heads,
+                    head_dim=opened.geometry.head_dim,
+                    mean=spectra.means[layer],
+                    queries=None if queries is None else queries.factors,
+                )
+                record["relative_error"] |= {} if queries is None else {"q": queries.relative_error}
+            else:
+                tensors = converted_tensors(opened, layer, factors, spectra)
             if propagation is not None:
                 refitted = propagation.refit(layer, dense_projections(tensors))
                 tensors["o_proj.weight"] = refitted.weight
@@ -130,43 +151,21 @@ def convert(
 def converted_tensors(
     source: Source, layer: int, factors: Sequence[Factors], spectra: LayerSpectra
 ) -> dict[str, Tensor]:
-    """Weights of a converted attention module that are not the source's under the same name, by canonical name."""
-    mean, geometry = spectra.means[layer], source.geometry
-    parts: tuple[Projection, ...] = ("q", "k", "v", "o") if spectra.selections else ("q", "k", "v")
+    """Weights of an attention of layout joint or split that are not the source's under the same name, by canonical name."""
+    parts: tuple[Projection, ...] = ("q", "k", "v")
     stored = {part: source.projection(layer, part) for part in parts}
-    if not spectra.selections:
-        tensors = latent_tensors(
-            factors,
-            source.stacked_weights(layer),
-            layout=spectra.layout,
-            k_bias=stored["k"][1],
-            v_bias=stored["v"][1],
-            mean=mean,
-        )
-        if source.family.qkv_proj is not None:
-            weight, bias = stored["q"]
-            tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
-        return tensors
-    q, k, v, o = (weight.double() for weight, _ in stored.values())
-    q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
-    return mla_tensors(
-        AttentionWeights(
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            q_bias=q_bias,
-            k_bias=k_bias,
-            v_bias=v_bias,
-            o_bias=o_bias,
-            k_norm=source.key_norm(layer),
-        ),
-        spectra.selections[layer],
-        factors[0],
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        mean=mean,
+    tensors = latent_tensors(
+        factors,
+        source.stacked_weights(layer),
+        layout=spectra.layout,
+        k_bias=stored["k"][1],
+        v_bias=stored["v"][1],
+        mean=spectra.means[layer],
     )
+    if source.family.qkv_proj is not None:
+        weight, bias = stored["q"]
+        tensors |= {"q_proj.weight": weight} if bias is None else {"q_proj.weight": weight, "q_proj.bias": bias}
+    return tensors
 
 
 def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
@@ -190,17 +189,23 @@ class _CheckpointBuilder:
     def __init__(self, source: Source, recipe: Recipe, plan: RankPlan, directory: Path):
         from care_mla.modeling import LANGUAGE_MODEL
 
-        self.source, self.plan, self.directory = source, plan, directory
+        self.source, self.recipe, self.plan, self.directory = source, recipe, plan, directory
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
         self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()
+        gone: list[Projection] = ["k", "v"]
+        linear = recipe.qk_norm == "linear"
+        if recipe.q_lora_rank is not None or linear:
+            gone.append("q")
+        modules = {family.stored(projection, source.geometry)[0] for projection in gone}
+        modules |= {norm for norm in (family.q_norm, family.k_norm) if linear and norm is not None}
         self.replaced = {
-            f"{family.attention_name(layer)}.{family.stored(projection, source.geometry)[0]}.{kind}"
+            f"{family.attention_name(layer)}.{module}.{kind}"
             for layer in range(source.geometry.num_layers)
-            for projection in ("k", "v")
+            for module in modules
             for kind in ("weight", "bias")
         }
 
@@ -231,6 +236,8 @@ class _CheckpointBuilder:
             biases=self.biases,
             dtype=str(self.dtype).removeprefix("torch."),
             rope_frequencies=rope_frequencies,
+            q_lora_rank=self.recipe.q_lora_rank,
+            qk_norm=self.recipe.qk_norm,
         )
         write_json(self.directory / "config.json", config)
         copy_side_files(self.source.directory, self.directory)

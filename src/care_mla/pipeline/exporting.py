@@ -19,8 +19,10 @@ from care_mla.mapping.deepseek import (
     REQUIRED,
     Engine,
     attention_tensors,
+    converted_features,
     deepseek_config,
     padded_rank,
+    query_weights,
     require_holdable,
     require_stock_frequencies,
     residual_scale,
@@ -83,6 +85,7 @@ class _ExportPlan:
     ranks: list[int]
     eps: float
     attention_scaling: float
+    required: tuple[str, ...]
     config: dict[str, Any]
 
     @classmethod
@@ -102,10 +105,11 @@ class _ExportPlan:
             raise UnsupportedModelError(
                 f"the decoder layers of {family.model_type} are not those of {target}; serve {name} itself, with care_mla's classes"
             )
-        require_holdable(family.features(source), engine=engine, dtype=config["dtype"], o_bias=config["o_bias"])
+        features = converted_features(family.features(source), config)
+        require_holdable(features, engine=engine, dtype=config["dtype"], o_bias=config["o_bias"])
         frequencies, ranks = config["rope_frequencies"], config["kv_lora_rank"]
         require_stock_frequencies(frequencies, geometry.head_dim // 2)
-        query_bias = "qkv bias" in family.features(source)
+        query_bias = "qkv bias" in features
         exported = deepseek_config(
             source,
             kv_lora_rank=padded_rank(ranks, 2 * len(frequencies[0]), engine, kv_lora_rank),
@@ -115,8 +119,12 @@ class _ExportPlan:
             biased=query_bias or config["o_bias"] or config["k_bias"],
             query_bias=query_bias,
             dtype=config["dtype"],
+            q_lora_rank=config.get("q_lora_rank"),
         )
-        return cls(family, geometry, ranks, source["rms_norm_eps"], matching_rotation(source, exported), exported)
+        required = (*query_weights(config.get("q_lora_rank")), *REQUIRED)
+        return cls(
+            family, geometry, ranks, source["rms_norm_eps"], matching_rotation(source, exported), required, exported
+        )
 
     def attention(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """One layer's attention in the target's names."""
@@ -142,7 +150,7 @@ def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, 
     layers = [f"{plan.family.attention_name(layer)}." for layer in range(plan.geometry.num_layers)]
     for attention in track(layers, "Writing layers", len(layers)):
         names = {name for name in reader.names if name.startswith(prefix + attention)}
-        names |= {f"{prefix}{attention}{required}" for required in REQUIRED}
+        names |= {f"{prefix}{attention}{required}" for required in plan.required}
         tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in sorted(names)})
         for name, tensor in tensors.items():
             _require_shape(expected, attention + name, tensor)

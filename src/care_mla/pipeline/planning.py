@@ -51,6 +51,11 @@ def require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]
     require_expressible(source.family, source.reader.config, recipe.layout)
     if recipe.layout == "mla" and recipe.refit:
         raise ConfigError("--refit is not available with --layout mla")
+    features = source.family.features(source.reader.config)
+    if recipe.qk_norm == "linear" and (recipe.layout != "mla" or "QK-norm" not in features):
+        raise ConfigError("--qk-norm linear needs --layout mla and a model with QK-norm")
+    if recipe.q_lora_rank is not None:
+        _require_query_rank(recipe, source.geometry)
     if (
         recipe.freq_fold is not None
         and recipe.freq_fold > 1
@@ -74,8 +79,21 @@ def require_recipe(source: Source, recipe: Recipe) -> list[tuple[Recipe, Budget]
     return options
 
 
+def _require_query_rank(recipe: Recipe, geometry: Geometry) -> None:
+    queries = geometry.num_heads * geometry.head_dim
+    if recipe.layout != "mla":
+        raise ConfigError(f"--q-lora-rank {recipe.q_lora_rank} needs --layout mla")
+    assert recipe.q_lora_rank is not None
+    if recipe.q_lora_rank > min(geometry.hidden_size, queries):
+        raise RankError(
+            f"--q-lora-rank {recipe.q_lora_rank} is outside 1..{min(geometry.hidden_size, queries)} (hidden size {geometry.hidden_size}, "
+            f"{queries} outputs of all query heads)"
+        )
+
+
 def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Recipe, Budget]:
     """A recipe with a rotary key of this width, its budget, and the defaults that follow from it."""
+    cached_scales = recipe.layout == "mla" and source.family.k_norm is not None and recipe.qk_norm == "exact"
     budget = make_budget(
         source.geometry,
         recipe.layout,
@@ -83,7 +101,7 @@ def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Re
         kv_save=recipe.kv_save,
         cache_elements=recipe.cache_elements,
         qk_rope_head_dim=qk_rope_head_dim,
-        key_scales=source.geometry.num_kv_heads if recipe.layout == "mla" and source.family.k_norm else 0,
+        key_scales=source.geometry.num_kv_heads if cached_scales else 0,
     )
     decided = recipe.at(budget.kv_save)
     if recipe.layout == "mla":
@@ -305,5 +323,7 @@ def require_plot(path: str | Path) -> Path:
 
 def _spectra_key(recipe: Recipe) -> tuple[Any, ...]:
     """What the spectra of a recipe depend on."""
-    rotary = (recipe.rope, recipe.freq_fold, recipe.qk_rope_head_dim, recipe.context) if recipe.layout == "mla" else ()
+    rotary: tuple[Any, ...] = ()
+    if recipe.layout == "mla":
+        rotary = recipe.rope, recipe.freq_fold, recipe.qk_rope_head_dim, recipe.context, recipe.qk_norm
     return recipe.method, recipe.layout, recipe.weighting, rotary

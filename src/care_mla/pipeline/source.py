@@ -15,14 +15,13 @@ from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
-from care_mla.mapping import (
-    EXPRESSES,
-    REFUSES,
-)
+from care_mla.mapping import EXPRESSES, REFUSES, AttentionWeights
 from care_mla.ranks.plan import Layout
 
 SMALLEST_NORM_WEIGHT = 1e-6
 """Weights of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
+
+PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,21 @@ class Source:
         """W = [W_K ; W_V], [2n, D] float64."""
         return torch.cat([self.projection(layer, "k")[0].double(), self.projection(layer, "v")[0].double()])
 
-    def key_norm(self, layer: int) -> Tensor | None:
-        """Weight [d] of the keys' norm, float64; None without QK-norm. Norms that add one to it (Gemma) are refused in layout mla."""
-        if self.family.k_norm is None:
-            return None
-        return self.reader[f"{self.family.attention_name(layer)}.{self.family.k_norm}.weight"].double()
+    def attention(self, layer: int) -> AttentionWeights:
+        """All projections of one attention, float64. Norms that add one to their weight (Gemma) are refused in layout mla."""
+        stored = {part: self.projection(layer, part) for part in PROJECTIONS}
+        q, k, v, o = (weight.double() for weight, _ in stored.values())
+        q_bias, k_bias, v_bias, o_bias = (None if bias is None else bias.double() for _, bias in stored.values())
+        q_norm, k_norm = (self._norm(layer, name) for name in (self.family.q_norm, self.family.k_norm))
+        return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm)
+
+    def _norm(self, layer: int, name: str | None) -> Tensor | None:
+        """Weight [d] of a norm of queries or keys, float64; None without QK-norm."""
+        return None if name is None else self.reader[f"{self.family.attention_name(layer)}.{name}.weight"].double()
 
     def output_scale(self, layer: int, layout: Layout) -> Tensor | None:
         """diag of S where a layer's latent carries S [k ; v]: layout mla folds the keys' norm weight into them."""
-        weight = self.key_norm(layer) if layout == "mla" else None
+        weight = self._norm(layer, self.family.k_norm) if layout == "mla" else None
         if weight is None:
             return None
         keys = weight.repeat(self.geometry.num_kv_heads)

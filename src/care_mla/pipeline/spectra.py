@@ -20,6 +20,7 @@ from care_mla.mapping import (
     split_blocks,
 )
 from care_mla.methods import Metric, get_method
+from care_mla.pipeline.evidence import Evidence
 from care_mla.pipeline.source import Source
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
@@ -47,21 +48,15 @@ class LayerSpectra:
         self.energies: list[list[Tensor]] = [[] for _ in range(self.num_blocks)]  # [block][layer]
         self.means: list[Tensor | None] = []  # [layer]
         self.selections: list[RotarySelection] = []  # [layer], layout mla
-        self.scales: list[Tensor | None] = []  # [layer], see `Source.output_scale`
-        self.rotation_cost: Tensor | None = None  # [frequencies], layout mla
+        self.frequencies: Tensor | None = None  # [F] angles per position, layout mla
+        self.rotation_cost: Tensor | None = None  # [F], layout mla
         self.notes: list[str] = []  # what the user should know of the statistics
+        self.evidence = Evidence(source, statistics, recipe)
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
         for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
-            collected = LayerStatistics(
-                statistics.layer(layer), statistics.fisher(layer) if method.needs_fisher else None
-            )
+            collected, W = self.evidence.carried(layer, with_fisher=method.needs_fisher)
             self._note_evidence(layer, collected, recipe)
-            W = source.stacked_weights(layer)
-            scale = source.output_scale(layer, recipe.layout)
-            self.scales.append(scale)
-            if scale is not None:
-                collected, W = collected.rescaled(scale), scale[:, None] * W
             metric = method.metric(collected, W, recipe.weighting)
             self.means.append(metric.mean)
             if recipe.layout == "mla":
@@ -84,10 +79,11 @@ class LayerSpectra:
     def _select(self, source: Source, metric: Metric, recipe: Recipe) -> RotarySelection:
         """Which pairs of one layer's keys stay rotary."""
         geometry = source.geometry
-        if self.rotation_cost is None:
+        if self.frequencies is None or self.rotation_cost is None:
             from care_mla.modeling import rotary_frequencies
 
-            self.rotation_cost = dropped_rotation(rotary_frequencies(source.reader.config), recipe.context)
+            self.frequencies = rotary_frequencies(source.reader.config)
+            self.rotation_cost = dropped_rotation(self.frequencies, recipe.context)
         keys = metric.block(split_blocks("split", geometry.kv_width)[0])
         about_zero = keys.second_moment
         if keys.mean is not None:  # the mean of a key turns too, and position-free it would be lost in softmax
@@ -143,9 +139,7 @@ def layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankP
     factors = spectra.factors(layer, plan.ranks[layer])
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
-    collected = LayerStatistics(statistics.layer(layer), statistics.fisher(layer) if statistics.has_fisher else None)
-    scale = spectra.scales[layer]
-    collected = collected if scale is None else collected.rescaled(scale)
+    collected, _ = spectra.evidence.carried(layer, with_fisher=statistics.has_fisher)
     mean, carried = spectra.means[layer], spectra.carried(layer)
     k_error, v_error = relative_errors(
         factors,
@@ -173,6 +167,7 @@ def layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankP
         "relative_error": {"k": k_error, "v": v_error},
         "predicted_loss_increase": predicted,
         **rotation,
+        **({"norm_error": spectra.evidence.norm_errors(layer)} if spectra.evidence.linear else {}),
     }
 
 

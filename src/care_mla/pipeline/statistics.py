@@ -8,6 +8,7 @@ from typing import Any
 from care_mla.checkpoint import atomic_directory
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings
+from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import versions
 from care_mla.pipeline.source import Source, open_source
 from care_mla.progress import Track, silent
@@ -48,10 +49,14 @@ def calibrate(
 def write_statistics(
     source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
 ) -> None:
-    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows
+    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows, normalized_taps
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
+    if settings.normalized and "QK-norm" not in source.family.features(source.reader.config):
+        raise ConfigError(
+            f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
+        )
     corpus = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
     tokenizer = load_tokenizer(source.directory)
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
@@ -59,7 +64,8 @@ def write_statistics(
     model = load(source.directory, dtype=dtype, device=device)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    options: dict[str, Any] = {"with_inputs": settings.inputs, "track": track}
+    taps = normalized_taps(model, source.family, with_gradients=settings.fisher) if settings.normalized else []
+    options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
         moments, fisher = collect_fisher(
@@ -71,6 +77,8 @@ def write_statistics(
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
+    for layer, tap in enumerate(taps):
+        writer.write_normalized(layer, tap.statistics)
     writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {

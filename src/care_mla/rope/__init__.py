@@ -10,6 +10,7 @@ from care_mla.rope.selection import (
     predicted_rotation_loss,
     select,
 )
+from care_mla.rope.turning import turned_covariance
 
 __all__ = [
     "Components",
@@ -22,4 +23,5 @@ __all__ = [
     "predicted_rotation_loss",
     "real_map",
     "select",
+    "turned_covariance",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from care_mla.errors import RankError
 from care_mla.rope.complex import complex_moment, real_map
+from care_mla.rope.turning import distance_weights
 
 RopeMode = Literal["free", "stock", "transmla"]
 
@@ -79,8 +80,7 @@ def dropped_rotation(frequencies: Float[Tensor, "F"], context: int) -> Float[Ten
     Pairs of positions are uniform, so D has weight context - D. A frequency that hardly turns within the context costs
     nothing; one that turns many times costs 2.
     """
-    distance = torch.arange(context, dtype=torch.float64)
-    weight = (context - distance) / (context - distance).sum()
+    distance, weight = torch.arange(context, dtype=torch.float64), distance_weights(context)
     still = (weight * torch.cos(frequencies.double()[:, None] * distance)).sum(1)
     return (2.0 - 2.0 * still).clamp_min(0.0)
 

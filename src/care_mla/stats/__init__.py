@@ -3,6 +3,15 @@
 from care_mla.stats.cross import CrossMoments
 from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
+from care_mla.stats.normalized import NormalizedStatistics
 from care_mla.stats.store import LayerStatistics, StatisticsStore, StatisticsWriter
 
-__all__ = ["CrossMoments", "FisherMoments", "LayerStatistics", "Moments", "StatisticsStore", "StatisticsWriter"]
+__all__ = [
+    "CrossMoments",
+    "FisherMoments",
+    "LayerStatistics",
+    "Moments",
+    "NormalizedStatistics",
+    "StatisticsStore",
+    "StatisticsWriter",
+]

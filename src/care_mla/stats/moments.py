@@ -57,7 +57,7 @@ class Moments(MergeableSums):
         output_second: [m, m], sum of w y y^T.
         input_energy: [], sum of w ||x||^2.
         input_magnitude: [D], sum of w |x|.
-        input_second: [D, D], sum of w x x^T; collected for care_c alone.
+        input_second: [D, D], sum of w x x^T; collected for care_c and low-rank queries alone.
     """
 
     weight: Float[Tensor, ""]

@@ -15,6 +15,7 @@ from torch import Tensor
 from care_mla.errors import CalibrationError
 from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
+from care_mla.stats.normalized import NormalizedStatistics
 
 FORMAT = "care-mla statistics 1"
 WINDOWS = "windows.safetensors"
@@ -26,6 +27,10 @@ def _layer_file(directory: Path, layer: int) -> Path:
 
 def _fisher_file(directory: Path, layer: int) -> Path:
     return directory / f"fisher_{layer:04d}.safetensors"
+
+
+def _normalized_file(directory: Path, layer: int) -> Path:
+    return directory / f"normalized_{layer:04d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class StatisticsWriter:
         save_file(
             {name: t.contiguous().cpu() for name, t in fisher.to_tensors().items()}, _fisher_file(self.directory, layer)
         )
+
+    def write_normalized(self, layer: int, normalized: NormalizedStatistics) -> None:
+        """One layer's statistics of normalized queries and keys."""
+        tensors = {name: t.contiguous().cpu() for name, t in normalized.to_tensors().items()}
+        save_file(tensors, _normalized_file(self.directory, layer))
 
     def write_windows(self, windows: dict[str, Tensor]) -> None:
         """The calibration tokens themselves, for the stages that run the text through the model again."""
@@ -117,6 +127,20 @@ class StatisticsStore:
             )
         return FisherMoments.from_tensors(
             self._load(_fisher_file(self.directory, layer), f"statistics of layer {layer}")
+        )
+
+    def normalized(self, layer: int) -> NormalizedStatistics:
+        """Statistics of one layer's normalized queries and keys.
+
+        Raises:
+            CalibrationError: not collected, or a damaged file.
+        """
+        if not _normalized_file(self.directory, 0).is_file():
+            raise CalibrationError(
+                f"{self.directory} holds no statistics of normalized queries and keys; collect them with `care calibrate --normalized`"
+            )
+        return NormalizedStatistics.from_tensors(
+            self._load(_normalized_file(self.directory, layer), f"normalized statistics of layer {layer}")
         )
 
     def windows(self) -> dict[str, Tensor]:

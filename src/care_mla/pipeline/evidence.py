@@ -1,0 +1,76 @@
+"""What one layer is converted from under a recipe: weights, and statistics of their outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from care_mla.config import Recipe
+from care_mla.mapping import AttentionWeights, linearization_error, linearized_attention, linearized_statistics
+from care_mla.methods import get_method, require_inputs
+from care_mla.pipeline.source import Source
+from care_mla.stats import LayerStatistics, StatisticsStore
+
+
+class Evidence:
+    """Weights and statistics of every layer, read when asked for.
+
+    With `--qk-norm linear` both are those of the linearized layer, which is one without QK-norm.
+    """
+
+    def __init__(self, source: Source, statistics: StatisticsStore, recipe: Recipe):
+        self.source, self.store, self.recipe = source, statistics, recipe
+        self.linear = recipe.qk_norm == "linear"
+
+    def attention(self, layer: int) -> AttentionWeights:
+        """Projections that are mapped; layout mla."""
+        weights = self.source.attention(layer)
+        return (
+            linearized_attention(weights, self.store.normalized(layer), constant=self.recipe.centre)
+            if self.linear
+            else weights
+        )
+
+    def plain(
+        self, layer: int, weights: AttentionWeights | None = None, *, with_fisher: bool = False
+    ) -> LayerStatistics:
+        """Statistics of the outputs of keys and values, biases left out.
+
+        Args:
+            weights: of `attention`, where they are at hand.
+        """
+        if not self.linear:
+            return LayerStatistics(self.store.layer(layer), self.store.fisher(layer) if with_fisher else None)
+        linear = self.attention(layer) if weights is None else weights
+        collected = LayerStatistics(self.store.layer(layer))
+        return linearized_statistics(linear, self.store.normalized(layer), collected, with_fisher=with_fisher)
+
+    def carried(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
+        """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys times the weight of an exact norm."""
+        if self.linear:
+            weights = self.attention(layer)
+            return self.plain(layer, weights, with_fisher=with_fisher), weights.keys_and_values
+        collected, W = self.plain(layer, with_fisher=with_fisher), self.source.stacked_weights(layer)
+        scale = self.source.output_scale(layer, self.recipe.layout)
+        return (collected, W) if scale is None else (collected.rescaled(scale), scale[:, None] * W)
+
+    def norm_errors(self, layer: int) -> dict[str, float]:
+        """E||n(x) - A x - c||^2 / E||n(x)||^2 of linearized queries and keys, by projection."""
+        weights, normalized = self.attention(layer), self.store.normalized(layer)
+        return {
+            "q": linearization_error(weights.q, weights.q_bias, normalized.queries),
+            "k": linearization_error(weights.k, weights.k_bias, normalized.keys),
+        }
+
+
+def require_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:
+    """Refuse statistics without what a recipe asks of them, before anything is computed.
+
+    Raises:
+        CalibrationError
+    """
+    if recipe.qk_norm == "linear":
+        normalized = statistics.normalized(0)
+        if get_method(recipe.method).needs_fisher:
+            normalized.require_fisher()
+    elif recipe.q_lora_rank is not None:
+        require_inputs(LayerStatistics(statistics.layer(0)), "--q-lora-rank")
