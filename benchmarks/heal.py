@@ -53,7 +53,7 @@ SETUPS = {
     "75%, 0.25M": Setup({"kv_save": 0.75}, 250_000),
     "87.5%, 0.25M": Setup({"kv_save": 0.875}, 250_000),
     "75%, c4 and alpaca, 0.25M": Setup({"kv_save": 0.75}, 250_000, ("c4", "alpaca")),
-    "mla 50%, 0.25M": Setup({"kv_save": 0.5, "layout": "mla"}, 250_000),
+    "mla 50%, 64k": Setup({"kv_save": 0.5, "layout": "mla"}, 64_000),
 }
 
 

@@ -193,7 +193,7 @@ def set_trained(pupil: Pupil, trained: Trained) -> list[str]:
         parts = name.split(".")
         in_attention = pupil.family.attention in parts
         wanted = trained == "all" or (in_attention and (trained == "attention" or bool(set(parts) & set(KV_FACTORS))))
-        if wanted and parameter.is_floating_point() and not set(parts) & set(NEVER_TRAINED):
+        if wanted and parameter.is_floating_point() and not (set(parts) & set(NEVER_TRAINED) and not pupil.inner):
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
             names.append(pupil.stored_name(name))
