@@ -151,7 +151,7 @@ def test_linearized_qk_norm(
     exact = _convert(source, tmp_path / "exact", text_file, kv_save=0.3, qk_rope_head_dim=16, ranks="uniform")
     with pytest.raises(UnsupportedModelError, match="QK-norm.*--qk-norm linear"):
         care_mla.export(exact, tmp_path / "no")
-    if q_lora_rank is None:
+    if q_lora_rank is None and name == "qwen3":  # the other has an o_proj bias, which vLLM drops
         plain = _convert(source, tmp_path / "plain", text_file, **options, qk_norm="linear", centre=False)
         assert care_mla.load(plain).config.q_bias is False
         care_mla.export(plain, tmp_path / "plain-stock", engine="vllm")
