@@ -296,7 +296,14 @@ def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _O
     family_of(reader.config)
     record = next((read_json(directory / f) for f in (MANIFEST, EXPORT) if (directory / f).is_file()), {})
     teacher_name = str(teacher) if teacher is not None else _teacher_of(record, directory)
-    teacher_directory = resolve_source(teacher_name)
+    try:
+        teacher_directory = resolve_source(teacher_name)
+    except CheckpointError as error:
+        if teacher is not None:
+            raise
+        raise CheckpointError(
+            f"{teacher_name}, from which {directory} was converted, is not found from here; name it with --teacher"
+        ) from error
     teacher_reader = CheckpointReader(teacher_directory)
     vocabularies = [(r.config.get("text_config") or r.config).get("vocab_size") for r in (reader, teacher_reader)]
     if vocabularies[0] != vocabularies[1]:
