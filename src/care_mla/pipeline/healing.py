@@ -151,6 +151,7 @@ def heal(
     }
     on_main(lambda: _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite))
     on_main(lambda: shutil.rmtree(work))
+    accelerator.wait_for_everyone()  # a process that leaves early takes the connections of the others with it
     accelerator.end_training()  # and with it the process group
     return record
 
