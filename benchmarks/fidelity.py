@@ -43,6 +43,15 @@ CHOICE_ITEMS = 300
 CHOICE_FILES = {"ARC-E": "choice/arc_easy.jsonl", "PIQA": "choice/piqa.jsonl"}
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of all benchmarks that convert the model on texts of the data folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="what is finished is kept here")
+    return parser
+
+
 def split_texts(data: Path, work: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Calibration and evaluation text by corpus; records are dealt out to files of their own."""
     work.mkdir(parents=True, exist_ok=True)
@@ -202,10 +211,7 @@ def markdown(records: list[dict[str, Any]], rows: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="kept between runs")
+    parser = parser_of(__doc__)
     parser.add_argument("--calibrations", nargs="+", default=["c4", "wikitext2"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--skip-choices", action="store_true", help="leave multiple choice to another run")

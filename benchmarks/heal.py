@@ -10,14 +10,13 @@ Writes benchmarks/results/heal.json and docs/healing.svg (KL on held-out blocks 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from fidelity import Rows, split_texts
+from fidelity import Rows, parser_of, split_texts
 
 import care_mla
 from care_mla.cli import quiet_libraries
@@ -58,10 +57,7 @@ SETUPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", nargs="*", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "heal.json")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "healing.svg")

@@ -10,12 +10,11 @@ of them), or on C4 and 16 windows of other random strings said twice (`--calibra
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import Rows, split_texts
+from fidelity import Rows, parser_of, split_texts
 from transformers import PreTrainedModel
 
 import care_mla
@@ -49,10 +48,7 @@ def copied(model: PreTrainedModel, distance: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "needle.json")
     arguments = parser.parse_args()
     quiet_libraries()

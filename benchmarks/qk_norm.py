@@ -10,12 +10,11 @@ tokens of WikiText-2 validation, lost against the graft. What is finished is kep
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import Rows, mean_loss, split_texts
+from fidelity import Rows, mean_loss, parser_of, split_texts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -84,10 +83,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = parser_of(__doc__)
     arguments = parser.parse_args()
     quiet_libraries()
     calibration, _ = split_texts(arguments.data, arguments.work / "text")

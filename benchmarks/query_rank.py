@@ -8,10 +8,9 @@ What is finished is kept in --work.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from fidelity import Rows, mean_loss, split_texts
+from fidelity import Rows, mean_loss, parser_of, split_texts
 
 import care_mla
 from care_mla.calibration import load_text, load_tokenizer
@@ -23,10 +22,7 @@ RANKS = (None, 576, 384, 288, 192)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = parser_of(__doc__)
     arguments = parser.parse_args()
     quiet_libraries()
     calibration, _ = split_texts(arguments.data, arguments.work / "text")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import care_mla
-from care_mla.errors import HealingError
+from care_mla.errors import ConversionError, HealingError
 from care_mla.healing import loop, state
 from care_mla.pipeline import convert_and_heal, healing
 
@@ -253,6 +253,21 @@ def test_conversion_heals_as_its_last_stage(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "two"]
 
 
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [({"heal_tokens": 0}, "tokens"), ({"heal_data": "/no/text.txt"}, "neither a file nor"), ({}, "unfinished run")],
+)
+def test_what_healing_would_refuse_is_refused_before_the_conversion(
+    bad: dict[str, Any], sentence: str, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted"))
+    if not bad:
+        (tmp_path / "out.healing").mkdir()
+    with pytest.raises(ConversionError, match=sentence):
+        convert_and_heal(converted("source"), tmp_path / "out", **{"heal_tokens": 2048, "kv_save": 0.5, **bad})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.one-shot").exists()
+
+
 # --- killed and gone on with ------------------------------------------------------------------------------------------
 
 KILLED = """
@@ -358,7 +373,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 import care_mla
-from care_mla.errors import HealingError
+from care_mla.errors import ConversionError, HealingError
 from care_mla.healing import loop
 
 def interrupted(run):

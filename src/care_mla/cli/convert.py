@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,9 +182,11 @@ def convert(
     if heal_data is not None and heal_tokens is None:
         raise typer.BadParameter("--heal-data needs --heal-tokens")
     run: Callable[..., dict[str, Any]] = pipeline.convert
+    interruptible: AbstractContextManager[None] = nullcontext()
     if healing:
         run = partial(pipeline.convert_and_heal, meter=rich_meter, **healing)
-    with options.interruptible(lambda: pipeline.kept_after_interrupt(out)):
+        interruptible = options.interruptible(lambda: pipeline.kept_after_interrupt(out))
+    with interruptible:
         manifest = run(
             source, out, stats=stats, calibration=text, overwrite=overwrite, device=device, track=rich_track, **recipe
         )

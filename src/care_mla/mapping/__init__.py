@@ -10,7 +10,7 @@ from care_mla.mapping.latent import (
     split_blocks,
 )
 from care_mla.mapping.mla import AttentionWeights, mla_tensors, position_free
-from care_mla.mapping.qk_norm import linearization_error, linearized_attention, linearized_statistics
+from care_mla.mapping.qk_norm import constant_scale, linearization_error, linearized_attention, linearized_statistics
 from care_mla.mapping.queries import query_factors, query_metric, relative_query_error
 from care_mla.ranks.plan import Layout
 
@@ -25,6 +25,7 @@ __all__ = [
     "REFUSES",
     "AttentionWeights",
     "DenseProjections",
+    "constant_scale",
     "dense_projections",
     "latent_tensors",
     "linearization_error",

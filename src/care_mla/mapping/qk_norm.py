@@ -24,6 +24,21 @@ NORM_RIDGE = 0.01
 """Of the regression, as a share of the inputs' mean variance."""
 
 
+def constant_scale(mean_squares: Float[Tensor, "n"], norm: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
+    """What a norm over heads multiplies each output by, were every head's mean square what it is on average.
+
+    Args:
+        mean_squares: E[y_i^2] of the stacked heads before the norm.
+        norm: its weight.
+    """
+    return (norm * mean_squares.view(-1, len(norm)).mean(1, keepdim=True).rsqrt()).flatten()
+
+
+def _affine(W: Float[Tensor, "n D"], bias: Float[Tensor, "n"] | None) -> Float[Tensor, "n D1"]:
+    """[W, b], the map of [x ; 1]."""
+    return torch.cat([W, torch.zeros(len(W), 1, dtype=W.dtype) if bias is None else bias[:, None]], dim=1)
+
+
 def constant_norm(
     W: Float[Tensor, "n D"],
     bias: Float[Tensor, "n"] | None,
@@ -36,10 +51,9 @@ def constant_norm(
         norm: weight of the norm.
         moments: with inputs [x ; 1].
     """
-    both = torch.cat([W, torch.zeros(len(W), 1, dtype=W.dtype) if bias is None else bias[:, None]], dim=1)
-    squares = ((both @ (moments.input_second / moments.weight)) * both).sum(1).view(-1, len(norm))
-    scale = norm * squares.mean(1, keepdim=True).rsqrt()
-    return scale.flatten()[:, None] * both
+    both = _affine(W, bias)
+    mean_squares = ((both @ (moments.input_second / moments.weight)) * both).sum(1)
+    return constant_scale(mean_squares, norm)[:, None] * both
 
 
 def affine_fit(
@@ -87,8 +101,7 @@ def linearized_attention(
 
 def linearization_error(W: Float[Tensor, "n D"], bias: Float[Tensor, "n"] | None, moments: CrossMoments) -> float:
     """E||n(x) - A x - c||^2 / E||n(x)||^2 under the weights of the moments."""
-    both = torch.cat([W, torch.zeros(len(W), 1, dtype=W.dtype) if bias is None else bias[:, None]], dim=1)
-    return moments.relative_error(both)
+    return moments.relative_error(_affine(W, bias))
 
 
 def linearized_statistics(

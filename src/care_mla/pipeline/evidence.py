@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from care_mla.config import Recipe
@@ -20,9 +22,10 @@ class Evidence:
     def __init__(self, source: Source, statistics: StatisticsStore, recipe: Recipe):
         self.source, self.store, self.recipe = source, statistics, recipe
         self.linear = recipe.qk_norm == "linear"
+        self.attention = lru_cache(maxsize=1)(self._attention)  # a layer's regression serves all that ask of the layer
+        """layer -> projections that are mapped; layout mla."""
 
-    def attention(self, layer: int) -> AttentionWeights:
-        """Projections that are mapped; layout mla."""
+    def _attention(self, layer: int) -> AttentionWeights:
         weights = self.source.attention(layer)
         return (
             linearized_attention(weights, self.store.normalized(layer), constant=self.recipe.centre)
@@ -30,25 +33,19 @@ class Evidence:
             else weights
         )
 
-    def plain(
-        self, layer: int, weights: AttentionWeights | None = None, *, with_fisher: bool = False
-    ) -> LayerStatistics:
-        """Statistics of the outputs of keys and values, biases left out.
-
-        Args:
-            weights: of `attention`, where they are at hand.
-        """
+    def plain(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
+        """Statistics of the outputs of keys and values, biases left out."""
         if not self.linear:
             return LayerStatistics(self.store.layer(layer), self.store.fisher(layer) if with_fisher else None)
-        linear = self.attention(layer) if weights is None else weights
         collected = LayerStatistics(self.store.layer(layer))
-        return linearized_statistics(linear, self.store.normalized(layer), collected, with_fisher=with_fisher)
+        return linearized_statistics(
+            self.attention(layer), self.store.normalized(layer), collected, with_fisher=with_fisher
+        )
 
     def carried(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
         """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys times the weight of an exact norm."""
         if self.linear:
-            weights = self.attention(layer)
-            return self.plain(layer, weights, with_fisher=with_fisher), weights.keys_and_values
+            return self.plain(layer, with_fisher=with_fisher), self.attention(layer).keys_and_values
         collected, W = self.plain(layer, with_fisher=with_fisher), self.source.stacked_weights(layer)
         scale = self.source.output_scale(layer, self.recipe.layout)
         return (collected, W) if scale is None else (collected.rescaled(scale), scale[:, None] * W)

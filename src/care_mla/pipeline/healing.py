@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,10 +185,11 @@ def healing_directory(out: str | Path) -> Path:
 def kept_after_interrupt(out: str | Path) -> str:
     """How to go on after an interrupted run toward `out`; empty where nothing is kept."""
     work, one_shot = healing_directory(out), _one_shot_directory(out)
+    again = f"care heal {one_shot} --out {out}"
     if not work.is_dir():
-        return ""
-    model = f"care heal {one_shot} --out {out} --resume" if one_shot.is_dir() else "--resume"
-    return f"{work} holds the last saved state, and {model} goes on from it"
+        return f"{one_shot} holds the conversion, which {again} heals" if one_shot.is_dir() else ""
+    resume = f"{again} --resume" if one_shot.is_dir() else "--resume"
+    return f"{work} holds the last saved state, and {resume} goes on from it"
 
 
 def _one_shot_directory(out: str | Path) -> Path:
@@ -224,6 +226,12 @@ def convert_and_heal(
     out = Path(out)
     require_writable(out, overwrite)
     one_shot = _one_shot_directory(out)
+    # What the last stage would refuse is refused before the first.
+    HealSettings.make(tokens=heal_tokens)
+    _require_accelerate()
+    _require_no_run(healing_directory(out), overwrite)
+    if heal_data is not None:
+        _require_text(heal_data)
     manifest = convert(source, one_shot, overwrite=overwrite, device=device, track=track, **conversion)
     calibration = manifest["calibration"]["settings"]
     record = heal(
@@ -241,15 +249,45 @@ def convert_and_heal(
     return {**manifest, "healing": [record]}
 
 
+def _require_accelerate() -> None:
+    """
+    Raises:
+        ConfigError: not installed.
+    """
+    if find_spec("accelerate") is None:
+        raise ConfigError("healing needs accelerate: pip install 'care-mla[heal]'")
+
+
+def _require_no_run(work: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        HealingError: an unfinished run is there.
+    """
+    if work.exists() and not overwrite:
+        raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
+
+
+def _require_text(data: str) -> None:
+    """The first document of every local corpus of a SPEC can be read; what is on the hub is not asked for.
+
+    Raises:
+        ConfigError, CalibrationError
+    """
+    from care_mla.calibration.corpus import COPY, HUB_CORPORA, SELF, parse_spec, stream_documents
+
+    for part in parse_spec(data):
+        if part.name not in (SELF, COPY, *HUB_CORPORA):
+            next(stream_documents(part.name))
+
+
 def _accelerator(device: str | None, log_with: str | None, out: Path) -> Any:
     """
     Raises:
         ConfigError: accelerate or the tracker is not installed.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise ConfigError("healing needs accelerate: pip install 'care-mla[heal]'") from error
+    _require_accelerate()
+    from accelerate import Accelerator
+
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: cpu or cuda; several devices are for torchrun or accelerate launch")
     try:
@@ -365,8 +403,7 @@ def _prepare_work(
                 f"the run in {work} was started with another {', '.join(changed)}; resume it without that option, or start anew with --overwrite"
             )
         return
-    if work.exists() and not overwrite:
-        raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
+    _require_no_run(work, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / SETTINGS_FILE, identity)

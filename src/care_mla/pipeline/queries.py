@@ -10,7 +10,7 @@ from torch import Tensor
 from care_mla.config import Recipe
 from care_mla.geometry import Geometry
 from care_mla.linalg import Factors
-from care_mla.mapping import AttentionWeights, query_factors, query_metric, relative_query_error
+from care_mla.mapping import AttentionWeights, constant_scale, query_factors, query_metric, relative_query_error
 from care_mla.methods import require_inputs
 from care_mla.pipeline.spectra import LayerSpectra
 from care_mla.rope import turned_covariance
@@ -32,16 +32,16 @@ def low_rank_queries(
     if recipe.q_lora_rank is None:
         return None
     assert spectra.frequencies is not None
-    collected = spectra.evidence.plain(layer, weights)
+    collected = spectra.evidence.plain(layer)
     C = require_inputs(collected, "--q-lora-rank")
-    keys = _key_moments(weights, collected, geometry.num_kv_heads)
+    keys = _key_moments(weights, collected)
     turned = turned_covariance(*keys, spectra.frequencies, recipe.context)
     metric = query_metric(turned, geometry.num_heads, _norm_scale(weights, C))
     factors = query_factors(weights.q, C, metric, recipe.q_lora_rank, shrinkage=recipe.shrinkage)
     return LowRankQueries(factors, relative_query_error(factors, weights.q, C))
 
 
-def _key_moments(weights: AttentionWeights, collected: LayerStatistics, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+def _key_moments(weights: AttentionWeights, collected: LayerStatistics) -> tuple[Tensor, Tensor]:
     """E[k k^T] and E[k] of the keys that RoPE turns; of normalized ones with the mean square of each head as its norm."""
     n = len(weights.k)
     bias = torch.zeros(n, dtype=torch.float64) if weights.k_bias is None else weights.k_bias
@@ -49,8 +49,7 @@ def _key_moments(weights: AttentionWeights, collected: LayerStatistics, num_kv_h
     second = second + torch.outer(mean, bias) + torch.outer(bias, mean) + torch.outer(bias, bias)
     mean = mean + bias
     if weights.k_norm is not None:
-        mean_square = second.diagonal().view(num_kv_heads, -1).mean(1, keepdim=True)
-        scale = (weights.k_norm * mean_square.rsqrt()).flatten()
+        scale = constant_scale(second.diagonal(), weights.k_norm)
         second, mean = scale[:, None] * second * scale, scale * mean
     return second, mean
 
@@ -59,6 +58,4 @@ def _norm_scale(weights: AttentionWeights, C: Tensor) -> Tensor | None:
     """What a norm after the projection multiplies each query by, with the mean square of each head as its norm."""
     if weights.q_norm is None:
         return None
-    second = ((weights.q @ C) * weights.q).sum(1)  # diagonal of E[q q^T]
-    mean_square = second.view(-1, len(weights.q_norm)).mean(1, keepdim=True)
-    return (weights.q_norm * mean_square.rsqrt()).flatten()
+    return constant_scale(((weights.q @ C) * weights.q).sum(1), weights.q_norm)
