@@ -2,9 +2,9 @@
 
     python benchmarks/heal.py --model build/smollm2-135m --data ../shared/data --work build/heal
 
-Every model is converted from the same statistics (128 x 256 tokens of WikiText-2 validation, seed 42), healed with the defaults of
-`care heal` (factors alone, KL alone) on WikiText-2 validation or on C4 documents 0-149 and Alpaca items 0-499, and evaluated on the
-first 8 x 512 tokens of WikiText-2 test, on which nothing was chosen. What is finished is kept in --work; `--rows` names some.
+Models are converted from statistics of 128 x 256 tokens (seed 42) of WikiText-2 validation, where a row does not say otherwise, healed
+with the defaults of `care heal` (factors alone, KL alone) on WikiText-2 validation or on C4 documents 0-149 and Alpaca items 0-499, and
+evaluated on the first 8 x 512 tokens of WikiText-2 test, on which nothing was chosen. What is finished is kept in --work; `--rows` names some.
 Writes benchmarks/results/heal.json and docs/healing.svg (KL on held-out blocks of the training text against tokens).
 """
 
@@ -24,6 +24,7 @@ from care_mla.pipeline import versions, write_json
 from care_mla.progress import rich_meter, rich_track
 
 TRANSMLA = {"layout": "mla", "rope": "transmla", "method": "balanced_pca", "ranks": "uniform", "qk_rope_head_dim": 32}
+WEB = ("c4", "alpaca")
 EVALUATION = {"seqlen": 512, "windows": 8}
 
 
@@ -34,13 +35,15 @@ class Setup:
     Attributes:
         recipe: of the conversion.
         tokens: budget of the healing.
-        corpora: of the training text, as a calibration SPEC over corpus names.
+        corpora: of the training text, in equal shares.
+        calibration: corpora that the conversion was calibrated on.
         settings: of `care_mla.heal`, where not the defaults.
     """
 
     recipe: dict[str, Any]
     tokens: int
     corpora: tuple[str, ...] = ("wikitext2",)
+    calibration: tuple[str, ...] = ("wikitext2",)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +54,8 @@ SETUPS = {
     "75%, from transmla, 64k": Setup({"kv_save": 0.75, **TRANSMLA}, 64_000),
     "75%, 0.25M": Setup({"kv_save": 0.75}, 250_000),
     "87.5%, 0.25M": Setup({"kv_save": 0.875}, 250_000),
-    "75%, c4 and alpaca, 0.25M": Setup({"kv_save": 0.75}, 250_000, ("c4", "alpaca")),
+    "75%, c4 and alpaca, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB),
+    "75%, c4 and alpaca throughout, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, WEB),
     "mla 50%, 64k": Setup({"kv_save": 0.5, "layout": "mla"}, 64_000),
 }
 
@@ -65,23 +69,34 @@ def main() -> None:
     quiet_libraries()
     texts, tests = split_texts(arguments.data, arguments.work / "text")
     rows = Rows(arguments.work / "heal.jsonl")
-    stats = arguments.work / "stats-wiki"
-    if not stats.is_dir():
-        care_mla.calibrate(
-            arguments.model, stats, fisher=True, calibration=texts["wikitext2"], samples=128, seqlen=256, seed=42
-        )
+
+    def spec(corpora: tuple[str, ...]) -> str:
+        return ",".join(f"{texts[name]}:{1 / len(corpora)}" for name in corpora)
+
     for key in arguments.rows:
         if key in rows.done:
             continue
         setup = SETUPS[key]
-        one_shot, healed = arguments.work / "one-shot", arguments.work / f"healed-{key.replace(', ', '-')}"
+        stats = arguments.work / f"stats-{'-'.join(setup.calibration)}"
+        if not stats.is_dir():
+            care_mla.calibrate(
+                arguments.model,
+                stats,
+                fisher=True,
+                calibration=spec(setup.calibration),
+                samples=128,
+                seqlen=256,
+                seed=42,
+            )
+        healed = arguments.work / f"healed-{key.replace(', ', '-')}"
+        one_shot = healed.with_name(f"{healed.name}.one-shot")
         unfinished = healed.with_name(f"{healed.name}.healing").is_dir()
         care_mla.convert(arguments.model, one_shot, stats=stats, overwrite=True, **setup.recipe)
         before = care_mla.evaluate(one_shot, tests["wikitext2"], reference=arguments.model, **EVALUATION)
         record = care_mla.heal(
             one_shot,
             healed,
-            data=",".join(f"{texts[name]}:{1 / len(setup.corpora)}" for name in setup.corpora),
+            data=spec(setup.corpora),
             tokens=setup.tokens,
             teacher_top_k=64,
             teacher_logits=arguments.work / "logits",  # runs on the same text read them

@@ -5,6 +5,11 @@
 Calibrated on 128 x 256 tokens of WikiText-2 validation and of C4, seed 42; evaluated on WikiText-2 test at windows of 8 x 512 and
 4 x 2048 tokens, with one selection made for `--context 8192`. `transmla`: real PCA per frequency, first component, balanced PCA,
 uniform ranks; also with FreqFold 2, which makes it stronger. --work may be that of fidelity.py, whose statistics serve. Writes benchmarks/results/true_mla.json.
+
+Windows of 8192 take minutes a row and some 6 GB; the table of docs/mla.md is of
+
+    python benchmarks/true_mla.py ... --seqlens 8192 --calibrations wikitext2 --recipes transmla stock free \
+        --work build/true_mla_8192 --json benchmarks/results/true_mla_8192.json
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
 from care_mla.pipeline import versions, write_json
 
-WINDOWS = {512: 8, 2048: 4}
+WINDOWS = {512: 8, 2048: 4, 8192: 2}
 BASELINE = {"method": "balanced_pca", "rope": "transmla", "ranks": "uniform"}
 RECIPES: dict[str, dict[str, Any]] = {
     "transmla": BASELINE,
@@ -49,13 +54,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="kept between runs")
     parser.add_argument("--calibrations", nargs="+", default=["wikitext2", "c4"])
+    parser.add_argument("--seqlens", nargs="+", type=int, default=[512, 2048], choices=list(WINDOWS))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "true_mla.json")
     arguments = parser.parse_args()
     quiet_libraries()
     calibration, evaluation = split_texts(arguments.data, arguments.work / "text")
     text = load_text(evaluation["wikitext2"])
     tokenizer = load_tokenizer(Path(arguments.model))
-    windows = {n: evaluation_windows(tokenizer, text, seqlen=n, windows=count) for n, count in WINDOWS.items()}
+    windows = {n: evaluation_windows(tokenizer, text, seqlen=n, windows=WINDOWS[n]) for n in arguments.seqlens}
 
     def losses(directory: str | Path) -> dict[str, float]:
         model = care_mla.load(directory)
@@ -68,11 +75,11 @@ def main() -> None:
         stats = arguments.work / f"stats-{corpus}-42"
         if not stats.is_dir():
             care_mla.calibrate(arguments.model, stats, calibration=calibration[corpus], seed=42, fisher=True)
-        for (budget, options), (recipe, choices) in product(budgets(arguments.model).items(), RECIPES.items()):
+        for (budget, options), recipe in product(budgets(arguments.model).items(), arguments.recipes):
             key = f"{corpus}, {budget}, {recipe}"
             if key not in rows.done:
                 out = arguments.work / f"mla-{corpus}"
-                recipe_options = {**options, **choices, "layout": "mla", "context": 8192}
+                recipe_options = {**options, **RECIPES[recipe], "layout": "mla", "context": 8192}
                 manifest = care_mla.convert(arguments.model, out, stats=stats, overwrite=True, **recipe_options)
                 rows.add(
                     key,
@@ -87,9 +94,8 @@ def main() -> None:
                 )
 
     original = rows.done["original"]["losses"]
-    print(
-        "| calibrated on | budget | recipe | 512: nats (of transmla) | 2048: nats (of transmla) | predicted |\n|-|-|-|-|-|-|"
-    )
+    lengths = " | ".join(f"{n}: nats (of transmla)" for n in arguments.seqlens)
+    print(f"| calibrated on | budget | recipe | {lengths} | predicted |\n{'|-' * (4 + len(windows))}|")
     for row in (row for row in rows.done.values() if "recipe" in row):
         baseline = rows.done[f"{row['calibration']}, {row['budget']}, transmla"]["losses"]
         cells = []

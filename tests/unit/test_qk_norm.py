@@ -132,6 +132,43 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     assert all(torch.equal(copy.to_tensors()[key], tensor) for key, tensor in found.to_tensors().items())
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
+def test_gradients_where_the_scales_are_held(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of a model whose last norm divides by a constant: what layout mla's cached scales are to its keys."""
+    model, path = tiny_model(name), tmp_path / "d.jsonl"
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_norm.weight.uniform_(0.5, 2.0)
+    path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i)} words and more"}}' for i in range(4)))
+    windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
+    family = get_family(model.config.to_dict())
+    _, free, held = collect_fisher(model, family, windows, batch_size=2, hold_norms=True)
+    norm = model.model.layers[1].self_attn.k_norm
+
+    def held_norm(x: Tensor) -> Tensor:
+        mean_square = x.detach().square().mean(-1, keepdim=True)
+        return x * (mean_square + norm.variance_epsilon).rsqrt() * norm.weight
+
+    monkeypatch.setattr(norm, "forward", held_norm)
+    _, expected, none = collect_fisher(model, family, windows, batch_size=2)
+    assert none == []
+    for key, tensor in expected[1].to_tensors().items():
+        torch.testing.assert_close(held[1].to_tensors()[key], tensor, rtol=1e-4, atol=1e-9)
+    assert (held[1].gradient_second - free[1].gradient_second).norm() > 0.05 * free[1].gradient_second.norm()
+
+
+def test_statistics_without_held_gradients(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    text = {"calibration": str(text_file), "samples": 4, "seqlen": 48}
+    stats = care_mla.calibrate(tiny("qwen3"), tmp_path / "stats", fisher=True, **text)
+    for file in stats.glob("held_fisher_*"):
+        file.unlink()
+    recipe = {"stats": stats, "kv_save": 0.5}
+    care_mla.convert(tiny("qwen3"), tmp_path / "joint", **recipe)
+    care_mla.convert(tiny("qwen3"), tmp_path / "care", method="care", layout="mla", ranks="uniform", **recipe)
+    with pytest.raises(CalibrationError, match="cached scales of QK-norm"):
+        care_mla.convert(tiny("qwen3"), tmp_path / "mla", layout="mla", **recipe)
+    assert not (tmp_path / "mla").exists()
+
+
 def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     text, out = {"calibration": str(text_file), "samples": 4, "seqlen": 48}, tmp_path / "out"
     for name, layout in (("llama", "mla"), ("qwen3", "joint")):

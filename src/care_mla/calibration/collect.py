@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +137,40 @@ def collect_moments(
 
 
 class _FisherTap(_LayerTap):
-    """Also feeds the gradients at the outputs, as they come back, into the layer's `FisherMoments`."""
+    """Also feeds the gradients at the outputs, as they come back, into the layer's `FisherMoments`.
 
-    def __init__(self, layer: int, moments: Moments, fisher: FisherMoments):
+    Args:
+        held: second ones, with the gradients at the keys as they are where the scale of the keys' norm is held; None without
+            QK-norm. A norm is blind to a head's length, so is the gradient before it; a conversion that caches the scales of the
+            original keys (layout mla) is not.
+    """
+
+    def __init__(self, layer: int, moments: Moments, fisher: FisherMoments, held: FisherMoments | None = None):
         super().__init__(layer, moments)
-        self.fisher = fisher
+        self.fisher, self.held = fisher, held
         self.recording = True  # off in the backward pass, where checkpointing runs the layers again
         self._outputs: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
+        self._held_gradient: Tensor | None = None
+
+    def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
+        hooks = super().hooks(attention, family, geometry)
+        if self.held is not None:
+            assert family.k_norm is not None
+            hooks.append((attention.get_submodule(family.k_norm), self.on_norm))
+        return hooks
+
+    def on_norm(self, module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Forward hook of the keys' norm over heads: n = s w k with s = 1 / rms(k)."""
+        if not self.recording:
+            return
+        mean_square = inputs[0].detach().float().square().mean(-1, keepdim=True)
+        scale = (mean_square + module.variance_epsilon).rsqrt() * module.weight.detach().float()
+
+        def receive(gradient: Tensor) -> None:
+            self._held_gradient = (gradient * scale).flatten(2)
+
+        output.register_hook(receive)
 
     def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
@@ -169,10 +196,14 @@ class _FisherTap(_LayerTap):
             y = torch.cat(self._outputs, dim=-1).flatten(0, 1)
             g = torch.cat([self._gradients["k"], self._gradients["v"]], dim=-1).flatten(0, 1)
             self._outputs, self._gradients = [], {}
-            if self.counted is not None:
-                y, g = y[self.counted], g[self.counted]
+            counted = slice(None) if self.counted is None else self.counted
             try:
-                self._add(y, g)
+                self._add(y[counted], g[counted])
+                if self.held is not None:
+                    assert self._held_gradient is not None
+                    keys = self._held_gradient.flatten(0, 1)
+                    held = torch.cat([keys, g[:, keys.shape[1] :]], dim=1)[counted]
+                    self.held.update(y[counted], held, self.moments.second_moment, self.token_weight)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"layer {self.layer}: {error} at the keys and values; use --method care, or --dtype float32"
@@ -288,17 +319,21 @@ def collect_fisher(
     *,
     seed: int = 42,
     with_inputs: bool = False,
+    hold_norms: bool = False,
     batch_size: int = 4,
     alongside: Sequence[NormalizedTap] = (),
     track: Track = silent,
-) -> tuple[list[Moments], list[FisherMoments]]:
+) -> tuple[list[Moments], list[FisherMoments], list[FisherMoments]]:
     """Moments and Fisher statistics of every layer from one forward and backward pass.
+
 
     Parameters get no gradients and layers are checkpointed: beyond the model, memory holds the layers' inputs, one layer's
     activations and one batch of logits.
 
     Args:
         seed: of the sampled labels.
+        hold_norms: also collect Fisher statistics as they are where the scales of the keys' norms are held (`_FisherTap`);
+            otherwise the third list is empty.
         alongside: from `normalized_taps`, fed by the same pass.
 
     Raises:
@@ -311,12 +346,14 @@ def collect_fisher(
             layer,
             Moments.zeros(width, geometry.hidden_size, with_inputs=with_inputs, device=model.device),
             FisherMoments.zeros(width, device=model.device),
+            FisherMoments.zeros(width, device=model.device) if hold_norms else None,
         )
         for layer in range(geometry.num_layers)
     ]
     fed = [*taps, *alongside]
     _forward_and_backward(model, family, windows, fed, seed=seed, batch_size=batch_size, track=track)
-    return [tap.moments for tap in taps], [tap.fisher for tap in taps]
+    held = [tap.held for tap in taps if tap.held is not None]
+    return [tap.moments for tap in taps], [tap.fisher for tap in taps], held
 
 
 def normalized_taps(model: PreTrainedModel, family: FamilySpec, *, with_gradients: bool = False) -> list[NormalizedTap]:

@@ -99,7 +99,7 @@ def convert(
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
         for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
             factors = spectra.factors(layer, plan.ranks[layer])
-            record = layer_record(spectra, statistics, plan, layer)
+            record = layer_record(spectra, plan, layer)
             if plan.layout == "mla":
                 weights = spectra.evidence.attention(layer)
                 queries = low_rank_queries(opened.geometry, spectra, weights, chosen, layer)

@@ -22,6 +22,10 @@ class Evidence:
     def __init__(self, source: Source, statistics: StatisticsStore, recipe: Recipe):
         self.source, self.store, self.recipe = source, statistics, recipe
         self.linear = recipe.qk_norm == "linear"
+        cached_scales = recipe.layout == "mla" and source.family.k_norm is not None and not self.linear
+        self.fisher = statistics.held_fisher if cached_scales else statistics.fisher
+        """layer -> its gradients; where the scales of the original keys are cached, those with these held."""
+        self.has_fisher = statistics.has_held_fisher if cached_scales else statistics.has_fisher
         self.attention = lru_cache(maxsize=1)(self._attention)  # a layer's regression serves all that ask of the layer
         """layer -> projections that are mapped; layout mla."""
 
@@ -36,7 +40,7 @@ class Evidence:
     def plain(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
         """Statistics of the outputs of keys and values, biases left out."""
         if not self.linear:
-            return LayerStatistics(self.store.layer(layer), self.store.fisher(layer) if with_fisher else None)
+            return LayerStatistics(self.store.layer(layer), self.fisher(layer) if with_fisher else None)
         collected = LayerStatistics(self.store.layer(layer))
         return linearized_statistics(
             self.attention(layer), self.store.normalized(layer), collected, with_fisher=with_fisher

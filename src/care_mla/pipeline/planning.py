@@ -149,7 +149,7 @@ def settle(
     for recipe, budget in options:
         with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
             spectra = LayerSpectra(source, statistics, recipe, Path(work), track=track)
-            records = layer_records(spectra, statistics, rank_plan(spectra, budget, recipe))
+            records = layer_records(spectra, rank_plan(spectra, budget, recipe))
         rotation = sum(record["predicted_rotation_loss"] for record in records)
         total = predicted_total(records)
         assert total is not None
@@ -282,7 +282,7 @@ def plan_ranks(
             spectra = LayerSpectra(opened, store, budgets[0][0], Path(work), track=track)
             for recipe, budget in budgets:
                 plan = rank_plan(spectra, budget, recipe)
-                records = layer_records(spectra, store, plan)
+                records = layer_records(spectra, plan)
                 forecasts.append(
                     RankForecast(
                         recipe.model_dump(),

@@ -130,16 +130,16 @@ class LayerSpectra:
         return {name: torch.stack(block).float() for name, block in zip(BLOCKS[layout], self.energies, strict=True)}
 
 
-def layer_records(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan) -> list[dict[str, Any]]:
-    return [layer_record(spectra, statistics, plan, layer) for layer in range(len(plan.ranks))]
+def layer_records(spectra: LayerSpectra, plan: RankPlan) -> list[dict[str, Any]]:
+    return [layer_record(spectra, plan, layer) for layer in range(len(plan.ranks))]
 
 
-def layer_record(spectra: LayerSpectra, statistics: StatisticsStore, plan: RankPlan, layer: int) -> dict[str, Any]:
+def layer_record(spectra: LayerSpectra, plan: RankPlan, layer: int) -> dict[str, Any]:
     """What the manifest says of one layer."""
     factors = spectra.factors(layer, plan.ranks[layer])
     energies = [block[layer] for block in spectra.energies]
     residuals = [float(e[rank:].sum()) for e, rank in zip(energies, plan.ranks[layer], strict=True)]
-    collected, _ = spectra.evidence.carried(layer, with_fisher=statistics.has_fisher)
+    collected, _ = spectra.evidence.carried(layer, with_fisher=spectra.evidence.has_fisher)
     mean, carried = spectra.means[layer], spectra.carried(layer)
     k_error, v_error = relative_errors(
         factors,

@@ -9,6 +9,7 @@ from care_mla.checkpoint import atomic_directory
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
+from care_mla.mapping import EXPRESSES
 from care_mla.pipeline.artifacts import versions
 from care_mla.pipeline.source import Source, open_source
 from care_mla.progress import Track, silent
@@ -53,7 +54,8 @@ def write_statistics(
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
-    if settings.normalized and "QK-norm" not in source.family.features(source.reader.config):
+    features = source.family.features(source.reader.config)
+    if settings.normalized and "QK-norm" not in features:
         raise ConfigError(
             f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
         )
@@ -68,11 +70,13 @@ def write_statistics(
     options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
-        moments, fisher = collect_fisher(
-            model, source.family, windows, seed=settings.seed, batch_size=max(1, settings.batch_size // 2), **options
-        )
+        options |= {"seed": settings.seed, "batch_size": max(1, settings.batch_size // 2)}
+        hold_norms = "QK-norm" in features and set(features) <= set(EXPRESSES["mla"])
+        moments, fisher, held = collect_fisher(model, source.family, windows, hold_norms=hold_norms, **options)
         for layer, layer_fisher in enumerate(fisher):
             writer.write_fisher(layer, layer_fisher)
+        for layer, layer_fisher in enumerate(held):
+            writer.write_held_fisher(layer, layer_fisher)
     else:
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):

@@ -29,6 +29,10 @@ def _fisher_file(directory: Path, layer: int) -> Path:
     return directory / f"fisher_{layer:04d}.safetensors"
 
 
+def _held_fisher_file(directory: Path, layer: int) -> Path:
+    return directory / f"held_fisher_{layer:04d}.safetensors"
+
+
 def _normalized_file(directory: Path, layer: int) -> Path:
     return directory / f"normalized_{layer:04d}.safetensors"
 
@@ -58,20 +62,22 @@ class StatisticsWriter:
 
     def write_layer(self, layer: int, moments: Moments) -> None:
         """One layer's moments."""
-        save_file(
-            {name: t.contiguous().cpu() for name, t in moments.to_tensors().items()}, _layer_file(self.directory, layer)
-        )
+        self._write(moments, _layer_file(self.directory, layer))
 
     def write_fisher(self, layer: int, fisher: FisherMoments) -> None:
         """One layer's Fisher statistics."""
-        save_file(
-            {name: t.contiguous().cpu() for name, t in fisher.to_tensors().items()}, _fisher_file(self.directory, layer)
-        )
+        self._write(fisher, _fisher_file(self.directory, layer))
+
+    def write_held_fisher(self, layer: int, fisher: FisherMoments) -> None:
+        """The same with the scale of the keys' norm held."""
+        self._write(fisher, _held_fisher_file(self.directory, layer))
 
     def write_normalized(self, layer: int, normalized: NormalizedStatistics) -> None:
         """One layer's statistics of normalized queries and keys."""
-        tensors = {name: t.contiguous().cpu() for name, t in normalized.to_tensors().items()}
-        save_file(tensors, _normalized_file(self.directory, layer))
+        self._write(normalized, _normalized_file(self.directory, layer))
+
+    def _write(self, sums: Moments | FisherMoments | NormalizedStatistics, path: Path) -> None:
+        save_file({name: t.contiguous().cpu() for name, t in sums.to_tensors().items()}, path)
 
     def write_windows(self, windows: dict[str, Tensor]) -> None:
         """The calibration tokens themselves, for the stages that run the text through the model again."""
@@ -127,6 +133,26 @@ class StatisticsStore:
             )
         return FisherMoments.from_tensors(
             self._load(_fisher_file(self.directory, layer), f"statistics of layer {layer}")
+        )
+
+    @property
+    def has_held_fisher(self) -> bool:
+        """Whether Fisher statistics with the norms' scales held were collected."""
+        return _held_fisher_file(self.directory, 0).is_file()
+
+    def held_fisher(self, layer: int) -> FisherMoments:
+        """Fisher statistics of one layer with QK-norm, the scale of the keys' norm held.
+
+        Raises:
+            CalibrationError: not collected (no backward pass, or statistics of an earlier version), or a damaged file.
+        """
+        if not self.has_held_fisher:
+            raise CalibrationError(
+                f"{self.directory} holds no Fisher statistics for cached scales of QK-norm, which layout mla needs; collect them with "
+                "`care calibrate --fisher`, or choose --method care"
+            )
+        return FisherMoments.from_tensors(
+            self._load(_held_fisher_file(self.directory, layer), f"statistics of layer {layer}")
         )
 
     def normalized(self, layer: int) -> NormalizedStatistics:
