@@ -12,6 +12,7 @@ With `--q-lora-rank` r (`mapping.queries`), q_proj is two maps, a bias of the qu
     q_b_proj.weight           [.., r]          what q_proj.weight would be, of that latent
 
 With QK-norm, keys are k / rms(k) * w: w is folded into the maps, 1 / rms(k) is cached, one scale a kv head, and multiplies scores.
+Latents are made of keys as large as the normalized ones: of S k, S = w times 1 / rms of the head on average, which decoding takes back.
 Queries are normalized before they are split, so their projection stays the source's:
     q_proj.weight             [n_h d, D]       the source's
     q_rope.weight             [g 2P, d]        normalized query of a head group -> rotary query
@@ -60,6 +61,7 @@ class AttentionWeights:
     Attributes:
         q, k, v: [n_h d, D], [n, D], [n, D]; o: [D, n_h d]; biases or None.
         q_norm, k_norm: [d] weights of the norms of queries and keys, None without QK-norm.
+        k_size: [n], rms of each key's head on average over calibration text; with QK-norm.
     """
 
     q: Float[Tensor, "nq D"]
@@ -72,6 +74,7 @@ class AttentionWeights:
     o_bias: Float[Tensor, "D"] | None = None
     q_norm: Float[Tensor, "d"] | None = None
     k_norm: Float[Tensor, "d"] | None = None
+    k_size: Float[Tensor, "n"] | None = None
 
     @property
     def keys_and_values(self) -> Float[Tensor, "m D"]:
@@ -79,9 +82,11 @@ class AttentionWeights:
         return torch.cat([self.k, self.v])
 
     def key_scale(self) -> Float[Tensor, "n"]:
-        """w of the keys' norm for every key; ones without QK-norm."""
+        """diag of S: what the keys' norm multiplies them by on average; ones without QK-norm."""
         n = len(self.k)
-        return self.k.new_ones(n) if self.k_norm is None else self.k_norm.repeat(n // len(self.k_norm))
+        if self.k_norm is None or self.k_size is None:
+            return self.k.new_ones(n)
+        return self.k_norm.repeat(n // len(self.k_norm)) / self.k_size
 
 
 def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]:
@@ -130,7 +135,7 @@ def mla_tensors(
             `k_constant`); the constant of the values moves into o_proj's bias, exactly, since attention weights sum to one.
         queries: of the source's q without its bias, where they are to be of low rank; None keeps them exact.
 
-    With QK-norm, selection, factors and mean are those of [w k ; v].
+    With QK-norm, selection, factors and mean are those of [S k ; v], see `AttentionWeights.key_scale`.
     """
     n = len(source.k)
     num_heads = len(source.q) // head_dim
@@ -139,7 +144,8 @@ def mla_tensors(
     keys, k_bias = scale[:, None] * source.k, None if source.k_bias is None else scale * source.k_bias
     stacked = torch.cat([selection.rest @ keys, source.v])
     down = torch.cat([factors.encode @ stacked, rotary_key(keys, selection, head_dim)])
-    ups = [part.view(num_kv_heads, head_dim, -1)[group] for part in (factors.up[:n], factors.up[n:])]
+    size = source.k.new_ones(n) if source.k_size is None else source.k_size
+    ups = [part.view(num_kv_heads, head_dim, -1)[group] for part in (size[:, None] * factors.up[:n], factors.up[n:])]
     q, of_queries = (source.q, "q_proj") if queries is None else (queries.up, "q_b_proj")
     tensors = {} if queries is None else {"q_a_proj.weight": queries.encode @ source.q}
     tensors |= {
@@ -163,12 +169,12 @@ def mla_tensors(
         kept_keys, kept_values = (centre - factors.projector() @ centre).chunk(2)
         constant, k_constant = constant + kept_values, k_constant + kept_keys
     if source.k_norm is not None:
-        one_head_each = torch.eye(head_dim, dtype=down.dtype).repeat(num_kv_heads, 1)
+        one_head_each = size[:, None] * torch.eye(head_dim, dtype=down.dtype).repeat(num_kv_heads, 1)
         tensors |= {
             f"{of_queries}.weight": q,
             "q_rope.weight": rotary_queries(one_head_each, selection, num_kv_heads, head_dim).flatten(0, 1),
             "k_proj.weight": source.k,
-            "k_constant": k_constant,
+            "k_constant": size * k_constant,
         }
         tensors |= {} if source.q_bias is None else {f"{of_queries}.bias": source.q_bias}
         tensors |= {} if source.k_bias is None else {"k_proj.bias": source.k_bias}

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from care_mla.config import Recipe
-from care_mla.mapping import AttentionWeights, linearization_error, linearized_attention, linearized_statistics
+from care_mla.mapping import (
+    AttentionWeights,
+    constant_scale,
+    linearization_error,
+    linearized_attention,
+    linearized_statistics,
+)
 from care_mla.methods import get_method, require_inputs
 from care_mla.pipeline.source import Source
 from care_mla.stats import LayerStatistics, StatisticsStore
+
+SMALLEST_SCALE = 1e-6
+"""Scales of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
 
 
 class Evidence:
@@ -22,20 +33,26 @@ class Evidence:
     def __init__(self, source: Source, statistics: StatisticsStore, recipe: Recipe):
         self.source, self.store, self.recipe = source, statistics, recipe
         self.linear = recipe.qk_norm == "linear"
-        cached_scales = recipe.layout == "mla" and source.family.k_norm is not None and not self.linear
-        self.fisher = statistics.held_fisher if cached_scales else statistics.fisher
-        """layer -> its gradients; where the scales of the original keys are cached, those with these held."""
-        self.has_fisher = statistics.has_held_fisher if cached_scales else statistics.has_fisher
+        self.caches_scales = recipe.layout == "mla" and source.family.k_norm is not None and not self.linear
+        """Whether 1 / rms of the original keys is cached, see `mapping.mla`."""
+        self.fisher = statistics.held_fisher if self.caches_scales else statistics.fisher
+        """layer -> its gradients; where scales are cached, those with the scales held."""
+        self.has_fisher = statistics.has_held_fisher if self.caches_scales else statistics.has_fisher
         self.attention = lru_cache(maxsize=1)(self._attention)  # a layer's regression serves all that ask of the layer
         """layer -> projections that are mapped; layout mla."""
 
     def _attention(self, layer: int) -> AttentionWeights:
         weights = self.source.attention(layer)
-        return (
-            linearized_attention(weights, self.store.normalized(layer), constant=self.recipe.centre)
-            if self.linear
-            else weights
-        )
+        if self.linear:
+            return linearized_attention(weights, self.store.normalized(layer), constant=self.recipe.centre)
+        return replace(weights, k_size=self._key_size(layer, weights)) if self.caches_scales else weights
+
+    def _key_size(self, layer: int, weights: AttentionWeights) -> Tensor:
+        """Root of the mean square of each key's head, [n]."""
+        n, moments = len(weights.k), self.store.layer(layer)
+        bias = weights.k.new_zeros(n) if weights.k_bias is None else weights.k_bias
+        squares = moments.second_moment.diagonal()[:n] + 2.0 * bias * moments.mean[:n] + bias.square()
+        return 1.0 / constant_scale(squares, torch.ones_like(weights.k[: self.source.geometry.head_dim, 0]))
 
     def plain(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
         """Statistics of the outputs of keys and values, biases left out."""
@@ -47,12 +64,16 @@ class Evidence:
         )
 
     def carried(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
-        """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys times the weight of an exact norm."""
+        """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys as large as an exact norm makes them."""
         if self.linear:
             return self.plain(layer, with_fisher=with_fisher), self.attention(layer).keys_and_values
         collected, W = self.plain(layer, with_fisher=with_fisher), self.source.stacked_weights(layer)
-        scale = self.source.output_scale(layer, self.recipe.layout)
-        return (collected, W) if scale is None else (collected.rescaled(scale), scale[:, None] * W)
+        if not self.caches_scales:
+            return collected, W
+        keys = self.attention(layer).key_scale()
+        keys = torch.where(keys.abs() < SMALLEST_SCALE, SMALLEST_SCALE, keys)
+        scale = torch.cat([keys, torch.ones_like(keys)])
+        return collected.rescaled(scale), scale[:, None] * W
 
     def norm_errors(self, layer: int) -> dict[str, float]:
         """E||n(x) - A x - c||^2 / E||n(x)||^2 of linearized queries and keys, by projection."""

@@ -49,7 +49,7 @@ def _key_moments(weights: AttentionWeights, collected: LayerStatistics) -> tuple
     second = second + torch.outer(mean, bias) + torch.outer(bias, mean) + torch.outer(bias, bias)
     mean = mean + bias
     if weights.k_norm is not None:
-        scale = constant_scale(second.diagonal(), weights.k_norm)
+        scale = weights.key_scale()
         second, mean = scale[:, None] * second * scale, scale * mean
     return second, mean
 

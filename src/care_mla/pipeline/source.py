@@ -18,9 +18,6 @@ from care_mla.geometry import Geometry
 from care_mla.mapping import EXPRESSES, REFUSES, AttentionWeights
 from care_mla.ranks.plan import Layout
 
-SMALLEST_NORM_WEIGHT = 1e-6
-"""Weights of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
-
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 
@@ -63,16 +60,6 @@ class Source:
     def _norm(self, layer: int, name: str | None) -> Tensor | None:
         """Weight [d] of a norm of queries or keys, float64; None without QK-norm."""
         return None if name is None else self.reader[f"{self.family.attention_name(layer)}.{name}.weight"].double()
-
-    def output_scale(self, layer: int, layout: Layout) -> Tensor | None:
-        """diag of S where a layer's latent carries S [k ; v]: layout mla folds the keys' norm weight into them."""
-        weight = self._norm(layer, self.family.k_norm) if layout == "mla" else None
-        if weight is None:
-            return None
-        keys = weight.repeat(self.geometry.num_kv_heads)
-        return torch.cat(
-            [torch.where(keys.abs() < SMALLEST_NORM_WEIGHT, SMALLEST_NORM_WEIGHT, keys), torch.ones_like(keys)]
-        )
 
 
 def open_source(source: str | Path) -> Source:
