@@ -149,7 +149,7 @@ def test_collected_gradients_equal_autograd(name: str, padded: bool, tmp_path: P
     path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i * padded)} words and more"}}' for i in range(4)))
     windows = make_windows(str(path), tokenizer, samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
-    moments, fisher, _ = collect_fisher(model, family, windows, seed=7, batch_size=4)
+    moments, fisher = collect_fisher(model, family, windows, seed=7, batch_size=4)
     plain = collect_moments(model, family, windows, batch_size=4)
     assert (
         not model.training and all(p.requires_grad for p in model.parameters()) and not model.is_gradient_checkpointing

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments, make_windows, normalized_taps
+from care_mla.calibration import collect_fisher, collect_moments, make_windows, normalized_keys_taps, normalized_taps
 from care_mla.calibration.collect import _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import get_family
@@ -75,11 +75,10 @@ def test_statistics_are_those_of_the_linear_outputs() -> None:
     assert linear.q_norm is None and linear.k_norm is None and linear.k_bias is not None
     collected = Moments.zeros(8, 6, with_inputs=True)
     collected.update(X, X @ linear.keys_and_values.T)
-    found = linearized_statistics(linear, normalized, LayerStatistics(collected), with_fisher=False)
+    found = linearized_statistics(linear, normalized, LayerStatistics(collected))
     for name, tensor in collected.to_tensors().items():
         torch.testing.assert_close(found.moments.to_tensors()[name], tensor)
-    with pytest.raises(CalibrationError, match="--normalized --fisher"):
-        linearized_statistics(linear, normalized, LayerStatistics(collected), with_fisher=True)
+    assert found.fisher is None
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
@@ -91,8 +90,9 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
     taps = normalized_taps(model, family, with_gradients=True)
-    collect_fisher(model, family, windows, seed=7, batch_size=4, alongside=taps)
-    found = taps[1].statistics
+    keys_taps = normalized_keys_taps(model, family)
+    collect_fisher(model, family, windows, seed=7, batch_size=4, alongside=[*taps, *keys_taps])
+    found, fisher = taps[1].statistics, taps[1].fisher
     taps = normalized_taps(model, family)
     collect_moments(model, family, windows, batch_size=2, alongside=taps)
     plain = taps[1].statistics
@@ -114,16 +114,16 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     v = v if v_bias is None else v - v_bias.detach()
     g = torch.cat([seen[part].grad.flatten(2)[counted] for part in ("k_norm", "v_proj")], dim=1)
     y, x1, ones = torch.cat([k, v], dim=1), with_constant(x), torch.ones(len(x))
-    expected = NormalizedStatistics(
-        *(CrossMoments.zeros(x1.shape[1], width) for width in (q.shape[1], k.shape[1])),
-        FisherMoments.zeros(y.shape[1]),
-    )
+    expected = NormalizedStatistics(*(CrossMoments.zeros(x1.shape[1], width) for width in (q.shape[1], k.shape[1])))
+    expected_fisher = FisherMoments.zeros(y.shape[1])
     expected.queries.update(x1, q, ones)
     expected.keys.update(x1, k, g.norm(dim=1))
-    expected.fisher.update(y, g, y.double().T @ y.double() / len(y))
+    expected_fisher.update(y, g, y.double().T @ y.double() / len(y))
     for key, tensor in expected.to_tensors().items():
         torch.testing.assert_close(found.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
-    assert plain.fisher is None
+    for key, tensor in expected_fisher.to_tensors().items():
+        torch.testing.assert_close(fisher.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(keys_taps[1].fisher.to_tensors()[key], fisher.to_tensors()[key])
     forward = CrossMoments.zeros(x1.shape[1], k.shape[1])
     forward.update(x1, k, ones)
     for key, tensor in forward.to_tensors().items():
@@ -132,39 +132,17 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     assert all(torch.equal(copy.to_tensors()[key], tensor) for key, tensor in found.to_tensors().items())
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
-def test_gradients_where_the_scales_are_held(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of a model whose last norm divides by a constant: what layout mla's cached scales are to its keys."""
-    model, path = tiny_model(name), tmp_path / "d.jsonl"
-    with torch.no_grad():
-        model.model.layers[1].self_attn.k_norm.weight.uniform_(0.5, 2.0)
-    path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i)} words and more"}}' for i in range(4)))
-    windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
-    family = get_family(model.config.to_dict())
-    _, free, held = collect_fisher(model, family, windows, batch_size=2, hold_norms=True)
-    norm = model.model.layers[1].self_attn.k_norm
-
-    def held_norm(x: Tensor) -> Tensor:
-        mean_square = x.detach().square().mean(-1, keepdim=True)
-        return x * (mean_square + norm.variance_epsilon).rsqrt() * norm.weight
-
-    monkeypatch.setattr(norm, "forward", held_norm)
-    _, expected, none = collect_fisher(model, family, windows, batch_size=2)
-    assert none == []
-    for key, tensor in expected[1].to_tensors().items():
-        torch.testing.assert_close(held[1].to_tensors()[key], tensor, rtol=1e-4, atol=1e-9)
-    assert (held[1].gradient_second - free[1].gradient_second).norm() > 0.05 * free[1].gradient_second.norm()
-
-
-def test_statistics_without_held_gradients(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_statistics_without_gradients_at_the_normalized_keys(
+    tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     text = {"calibration": str(text_file), "samples": 4, "seqlen": 48}
     stats = care_mla.calibrate(tiny("qwen3"), tmp_path / "stats", fisher=True, **text)
-    for file in stats.glob("held_fisher_*"):
+    for file in stats.glob("normalized_fisher_*"):
         file.unlink()
     recipe = {"stats": stats, "kv_save": 0.5}
     care_mla.convert(tiny("qwen3"), tmp_path / "joint", **recipe)
     care_mla.convert(tiny("qwen3"), tmp_path / "care", method="care", layout="mla", ranks="uniform", **recipe)
-    with pytest.raises(CalibrationError, match="cached scales of QK-norm"):
+    with pytest.raises(CalibrationError, match="of normalized keys"):
         care_mla.convert(tiny("qwen3"), tmp_path / "mla", layout="mla", **recipe)
     assert not (tmp_path / "mla").exists()
 

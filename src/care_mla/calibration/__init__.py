@@ -1,10 +1,12 @@
 """Calibration: text in, moments out."""
 
 from care_mla.calibration.collect import (
+    NormalizedKeysTap,
     NormalizedTap,
     checkpoint_layers,
     collect_fisher,
     collect_moments,
+    normalized_keys_taps,
     normalized_taps,
 )
 from care_mla.calibration.corpus import Batch, TokenWindows, load_text, load_tokenizer, make_windows
@@ -12,6 +14,7 @@ from care_mla.calibration.propagation import OutputRefit, Propagation
 
 __all__ = [
     "Batch",
+    "NormalizedKeysTap",
     "NormalizedTap",
     "OutputRefit",
     "Propagation",
@@ -22,5 +25,6 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "make_windows",
+    "normalized_keys_taps",
     "normalized_taps",
 ]

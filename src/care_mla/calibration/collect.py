@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,40 +136,14 @@ def collect_moments(
 
 
 class _FisherTap(_LayerTap):
-    """Also feeds the gradients at the outputs, as they come back, into the layer's `FisherMoments`.
+    """Also feeds the gradients at the outputs, as they come back, into the layer's `FisherMoments`."""
 
-    Args:
-        held: second ones, with the gradients at the keys as they are where the scale of the keys' norm is held; None without
-            QK-norm. A norm is blind to a head's length, so is the gradient before it; a conversion that caches the scales of the
-            original keys (layout mla) is not.
-    """
-
-    def __init__(self, layer: int, moments: Moments, fisher: FisherMoments, held: FisherMoments | None = None):
+    def __init__(self, layer: int, moments: Moments, fisher: FisherMoments):
         super().__init__(layer, moments)
-        self.fisher, self.held = fisher, held
+        self.fisher = fisher
         self.recording = True  # off in the backward pass, where checkpointing runs the layers again
         self._outputs: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
-        self._held_gradient: Tensor | None = None
-
-    def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
-        hooks = super().hooks(attention, family, geometry)
-        if self.held is not None:
-            assert family.k_norm is not None
-            hooks.append((attention.get_submodule(family.k_norm), self.on_norm))
-        return hooks
-
-    def on_norm(self, module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Forward hook of the keys' norm over heads: n = s w k with s = 1 / rms(k)."""
-        if not self.recording:
-            return
-        mean_square = inputs[0].detach().float().square().mean(-1, keepdim=True)
-        scale = (mean_square + module.variance_epsilon).rsqrt() * module.weight.detach().float()
-
-        def receive(gradient: Tensor) -> None:
-            self._held_gradient = (gradient * scale).flatten(2)
-
-        output.register_hook(receive)
 
     def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
@@ -196,14 +169,10 @@ class _FisherTap(_LayerTap):
             y = torch.cat(self._outputs, dim=-1).flatten(0, 1)
             g = torch.cat([self._gradients["k"], self._gradients["v"]], dim=-1).flatten(0, 1)
             self._outputs, self._gradients = [], {}
-            counted = slice(None) if self.counted is None else self.counted
+            if self.counted is not None:
+                y, g = y[self.counted], g[self.counted]
             try:
-                self._add(y[counted], g[counted])
-                if self.held is not None:
-                    assert self._held_gradient is not None
-                    keys = self._held_gradient.flatten(0, 1)
-                    held = torch.cat([keys, g[:, keys.shape[1] :]], dim=1)[counted]
-                    self.held.update(y[counted], held, self.moments.second_moment, self.token_weight)
+                self._add(y, g)
             except CalibrationError as error:
                 raise CalibrationError(
                     f"layer {self.layer}: {error} at the keys and values; use --method care, or --dtype float32"
@@ -214,19 +183,38 @@ class _FisherTap(_LayerTap):
         self.fisher.update(y, g, self.moments.second_moment, self.token_weight)
 
 
-class NormalizedTap(_FisherTap):
-    """Feeds normalized queries and keys, and the input that they came from, into a layer's `NormalizedStatistics`.
+class NormalizedKeysTap(_FisherTap):
+    """Feeds a layer's `FisherMoments` at the normalized keys: the keys of `moments` and `fisher` are those here.
 
-    The keys of `moments` and `fisher` are the normalized ones here. Queries are held until the values arrive, inputs until the
-    gradients have come back.
+    A norm is blind to a head's length, and so is the gradient before it; what stands in the norm's place, with scales of its
+    own or none, is not.
     """
 
-    def __init__(self, layer: int, geometry: Geometry, device: torch.device, *, with_gradients: bool):
+    def __init__(self, layer: int, geometry: Geometry, device: torch.device):
         outputs, inputs = 2 * geometry.kv_width, geometry.hidden_size
         super().__init__(
             layer, Moments.zeros(outputs, inputs, device=device), FisherMoments.zeros(outputs, device=device)
         )
+
+    def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
+        assert family.k_norm is not None
+        values, rows = family.stored("v", geometry)
+        return [
+            (attention.get_submodule(family.k_norm), partial(self.on_keys, slice(None))),
+            (attention.get_submodule(values), partial(self.on_values, rows)),
+        ]
+
+
+class NormalizedTap(NormalizedKeysTap):
+    """Also feeds normalized queries and keys, and the input that they came from, into a layer's `NormalizedStatistics`.
+
+    Queries are held until the values arrive, inputs until the gradients have come back.
+    """
+
+    def __init__(self, layer: int, geometry: Geometry, device: torch.device, *, with_gradients: bool):
+        super().__init__(layer, geometry, device)
         self.with_gradients = with_gradients
+        inputs = geometry.hidden_size
         self.queries, self.keys = (
             CrossMoments.zeros(inputs + 1, width, device=device)
             for width in (geometry.num_heads * geometry.head_dim, geometry.kv_width)
@@ -237,16 +225,12 @@ class NormalizedTap(_FisherTap):
     @property
     def statistics(self) -> NormalizedStatistics:
         """What was collected."""
-        return NormalizedStatistics(self.queries, self.keys, self.fisher if self.with_gradients else None)
+        return NormalizedStatistics(self.queries, self.keys)
 
     def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
-        assert family.q_norm is not None and family.k_norm is not None
-        values, rows = family.stored("v", geometry)
-        return [
-            (attention.get_submodule(family.q_norm), self.on_queries),
-            (attention.get_submodule(family.k_norm), partial(self.on_keys, slice(None))),
-            (attention.get_submodule(values), partial(self.on_values, rows)),
-        ]
+        assert family.q_norm is not None
+        queries = attention.get_submodule(family.q_norm), self.on_queries
+        return [queries, *super().hooks(attention, family, geometry)]
 
     def on_queries(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of the queries' norm."""
@@ -319,22 +303,18 @@ def collect_fisher(
     *,
     seed: int = 42,
     with_inputs: bool = False,
-    hold_norms: bool = False,
     batch_size: int = 4,
-    alongside: Sequence[NormalizedTap] = (),
+    alongside: Sequence[NormalizedKeysTap] = (),
     track: Track = silent,
-) -> tuple[list[Moments], list[FisherMoments], list[FisherMoments]]:
+) -> tuple[list[Moments], list[FisherMoments]]:
     """Moments and Fisher statistics of every layer from one forward and backward pass.
-
 
     Parameters get no gradients and layers are checkpointed: beyond the model, memory holds the layers' inputs, one layer's
     activations and one batch of logits.
 
     Args:
         seed: of the sampled labels.
-        hold_norms: also collect Fisher statistics as they are where the scales of the keys' norms are held (`_FisherTap`);
-            otherwise the third list is empty.
-        alongside: from `normalized_taps`, fed by the same pass.
+        alongside: from `normalized_taps` or `normalized_keys_taps`, fed by the same pass.
 
     Raises:
         CalibrationError: non-finite or zero gradients, with the layer named, or a forward that breaks autograd.
@@ -346,14 +326,22 @@ def collect_fisher(
             layer,
             Moments.zeros(width, geometry.hidden_size, with_inputs=with_inputs, device=model.device),
             FisherMoments.zeros(width, device=model.device),
-            FisherMoments.zeros(width, device=model.device) if hold_norms else None,
         )
         for layer in range(geometry.num_layers)
     ]
     fed = [*taps, *alongside]
     _forward_and_backward(model, family, windows, fed, seed=seed, batch_size=batch_size, track=track)
-    held = [tap.held for tap in taps if tap.held is not None]
-    return [tap.moments for tap in taps], [tap.fisher for tap in taps], held
+    return [tap.moments for tap in taps], [tap.fisher for tap in taps]
+
+
+def normalized_keys_taps(model: PreTrainedModel, family: FamilySpec) -> list[NormalizedKeysTap]:
+    """Taps of every layer for `collect_fisher` to feed alongside; `fisher` of each is of [normalized keys ; values].
+
+    Args:
+        family: with QK-norm over heads.
+    """
+    geometry = family.geometry(model.config.to_dict())
+    return [NormalizedKeysTap(layer, geometry, model.device) for layer in range(geometry.num_layers)]
 
 
 def normalized_taps(model: PreTrainedModel, family: FamilySpec, *, with_gradients: bool = False) -> list[NormalizedTap]:
@@ -361,7 +349,7 @@ def normalized_taps(model: PreTrainedModel, family: FamilySpec, *, with_gradient
 
     Args:
         family: with QK-norm over heads.
-        with_gradients: also collect Fisher statistics, of the normalized keys and the values; needs `collect_fisher`.
+        with_gradients: also collect what `normalized_keys_taps` do; needs `collect_fisher`.
     """
     geometry = family.geometry(model.config.to_dict())
     return [

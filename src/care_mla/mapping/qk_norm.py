@@ -105,16 +105,14 @@ def linearization_error(W: Float[Tensor, "n D"], bias: Float[Tensor, "n"] | None
 
 
 def linearized_statistics(
-    linear: AttentionWeights, normalized: NormalizedStatistics, collected: LayerStatistics, *, with_fisher: bool
+    linear: AttentionWeights, normalized: NormalizedStatistics, collected: LayerStatistics
 ) -> LayerStatistics:
     """Statistics of [A x ; v], biases left out: moments from those of x, exactly, gradients those at the normalized keys.
 
     Args:
         linear: from `linearized_attention`.
-        collected: of the source's layer; what does not depend on keys is taken from it.
-
-    Raises:
-        CalibrationError: gradients are asked for and were not collected.
+        collected: of the source's layer, from whose moments comes what does not depend on keys; gradients, if any, at the
+            normalized keys.
     """
     W, x = linear.keys_and_values, normalized.queries
     inputs, total = x.input_second[:-1, :-1], x.input_second[:-1, -1]
@@ -127,11 +125,11 @@ def linearized_statistics(
         input_magnitude=collected.moments.input_magnitude,
         input_second=inputs,
     )
-    if not with_fisher:
+    if collected.fisher is None:
         return LayerStatistics(moments)
     weighted = normalized.keys
     fisher = replace(
-        normalized.require_fisher(),
+        collected.fisher,
         output_weight=weighted.weight,
         output_sum=W @ weighted.input_second[:-1, -1],
         output_second=W @ weighted.input_second[:-1, :-1] @ W.T,

@@ -20,9 +20,6 @@ from care_mla.methods import get_method, require_inputs
 from care_mla.pipeline.source import Source
 from care_mla.stats import LayerStatistics, StatisticsStore
 
-SMALLEST_SCALE = 1e-6
-"""Scales of a keys' norm below this count as this much in the statistics, which divide gradients by them."""
-
 
 class Evidence:
     """Weights and statistics of every layer, read when asked for.
@@ -35,9 +32,10 @@ class Evidence:
         self.linear = recipe.qk_norm == "linear"
         self.caches_scales = recipe.layout == "mla" and source.family.k_norm is not None and not self.linear
         """Whether 1 / rms of the original keys is cached, see `mapping.mla`."""
-        self.fisher = statistics.held_fisher if self.caches_scales else statistics.fisher
-        """layer -> its gradients; where scales are cached, those with the scales held."""
-        self.has_fisher = statistics.has_held_fisher if self.caches_scales else statistics.has_fisher
+        at_normalized_keys = self.caches_scales or self.linear
+        self.fisher = statistics.normalized_fisher if at_normalized_keys else statistics.fisher
+        """layer -> its gradients, where the latent's error meets them: behind a norm that is not run on what is rebuilt."""
+        self.has_fisher = statistics.has_normalized_fisher if at_normalized_keys else statistics.has_fisher
         self.attention = lru_cache(maxsize=1)(self._attention)  # a layer's regression serves all that ask of the layer
         """layer -> projections that are mapped; layout mla."""
 
@@ -54,26 +52,25 @@ class Evidence:
         squares = moments.second_moment.diagonal()[:n] + 2.0 * bias * moments.mean[:n] + bias.square()
         return 1.0 / constant_scale(squares, torch.ones_like(weights.k[: self.source.geometry.head_dim, 0]))
 
-    def plain(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
-        """Statistics of the outputs of keys and values, biases left out."""
-        if not self.linear:
-            return LayerStatistics(self.store.layer(layer), self.fisher(layer) if with_fisher else None)
+    def plain(self, layer: int) -> LayerStatistics:
+        """Statistics of the outputs of keys and values, biases left out; no gradients."""
         collected = LayerStatistics(self.store.layer(layer))
-        return linearized_statistics(
-            self.attention(layer), self.store.normalized(layer), collected, with_fisher=with_fisher
-        )
+        if not self.linear:
+            return collected
+        return linearized_statistics(self.attention(layer), self.store.normalized(layer), collected)
 
     def carried(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
         """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys as large as an exact norm makes them."""
+        moments, fisher = self.store.layer(layer), self.fisher(layer) if with_fisher else None
         if self.linear:
-            return self.plain(layer, with_fisher=with_fisher), self.attention(layer).keys_and_values
-        collected, W = self.plain(layer, with_fisher=with_fisher), self.source.stacked_weights(layer)
-        if not self.caches_scales:
-            return collected, W
-        keys = self.attention(layer).key_scale()
-        keys = torch.where(keys.abs() < SMALLEST_SCALE, SMALLEST_SCALE, keys)
-        scale = torch.cat([keys, torch.ones_like(keys)])
-        return collected.rescaled(scale), scale[:, None] * W
+            linear, collected = self.attention(layer), LayerStatistics(moments, fisher)
+            return linearized_statistics(linear, self.store.normalized(layer), collected), linear.keys_and_values
+        W = self.source.stacked_weights(layer)
+        if self.caches_scales:
+            keys = self.attention(layer).key_scale()
+            scale = torch.cat([keys, torch.ones_like(keys)])
+            moments, W = moments.carrying(torch.diag(scale)), scale[:, None] * W
+        return LayerStatistics(moments, fisher), W
 
     def norm_errors(self, layer: int) -> dict[str, float]:
         """E||n(x) - A x - c||^2 / E||n(x)||^2 of linearized queries and keys, by projection."""
@@ -91,8 +88,8 @@ def require_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:
         CalibrationError
     """
     if recipe.qk_norm == "linear":
-        normalized = statistics.normalized(0)
+        statistics.normalized(0)
         if get_method(recipe.method).needs_fisher:
-            normalized.require_fisher()
+            statistics.normalized_fisher(0)
     elif recipe.q_lora_rank is not None:
         require_inputs(LayerStatistics(statistics.layer(0)), "--q-lora-rank")

@@ -50,7 +50,16 @@ def calibrate(
 def write_statistics(
     source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
 ) -> None:
-    from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows, normalized_taps
+    from care_mla.calibration import (
+        NormalizedKeysTap,
+        NormalizedTap,
+        collect_fisher,
+        collect_moments,
+        load_tokenizer,
+        make_windows,
+        normalized_keys_taps,
+        normalized_taps,
+    )  # fmt: skip
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
@@ -66,23 +75,28 @@ def write_statistics(
     model = load(source.directory, dtype=dtype, device=device)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    taps = normalized_taps(model, source.family, with_gradients=settings.fisher) if settings.normalized else []
+    taps: list[NormalizedKeysTap] = []
+    if settings.normalized:
+        taps = [*normalized_taps(model, source.family, with_gradients=settings.fisher)]
+    elif settings.fisher and "QK-norm" in features and set(features) <= set(EXPRESSES["mla"]):
+        taps = normalized_keys_taps(model, source.family)
     options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
-        options |= {"seed": settings.seed, "batch_size": max(1, settings.batch_size // 2)}
-        hold_norms = "QK-norm" in features and set(features) <= set(EXPRESSES["mla"])
-        moments, fisher, held = collect_fisher(model, source.family, windows, hold_norms=hold_norms, **options)
+        moments, fisher = collect_fisher(
+            model, source.family, windows, seed=settings.seed, batch_size=max(1, settings.batch_size // 2), **options
+        )
         for layer, layer_fisher in enumerate(fisher):
             writer.write_fisher(layer, layer_fisher)
-        for layer, layer_fisher in enumerate(held):
-            writer.write_held_fisher(layer, layer_fisher)
+        for layer, tap in enumerate(taps):
+            writer.write_normalized_fisher(layer, tap.fisher)
     else:
         moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
     for layer, tap in enumerate(taps):
-        writer.write_normalized(layer, tap.statistics)
+        if isinstance(tap, NormalizedTap):
+            writer.write_normalized(layer, tap.statistics)
     writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {

@@ -96,11 +96,6 @@ class FisherMoments(MergeableSums):
         """The statistics of B y; an error of B y meets the gradients as an error of y would."""
         return replace(self, output_sum=B @ self.output_sum, output_second=B @ self.output_second @ B.T)
 
-    def rescaled(self, scale: Float[Tensor, "m"]) -> FisherMoments:
-        """The statistics of diag(scale) y: gradients shrink as the outputs grow."""
-        carried = self.carrying(torch.diag(scale))
-        return replace(carried, gradient_second=self.gradient_second / torch.outer(scale, scale))
-
     @property
     def second_moment(self) -> Float[Tensor, "m m"]:
         """M: second moment of the outputs, weighted by the gradients' norms."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,8 +28,8 @@ def _fisher_file(directory: Path, layer: int) -> Path:
     return directory / f"fisher_{layer:04d}.safetensors"
 
 
-def _held_fisher_file(directory: Path, layer: int) -> Path:
-    return directory / f"held_fisher_{layer:04d}.safetensors"
+def _normalized_fisher_file(directory: Path, layer: int) -> Path:
+    return directory / f"normalized_fisher_{layer:04d}.safetensors"
 
 
 def _normalized_file(directory: Path, layer: int) -> Path:
@@ -48,11 +47,6 @@ class LayerStatistics:
         """The statistics of B y, where a latent carries only that part of the outputs."""
         return LayerStatistics(self.moments.carrying(B), None if self.fisher is None else self.fisher.carrying(B))
 
-    def rescaled(self, scale: Tensor) -> LayerStatistics:
-        """The statistics of diag(scale) y, gradients included."""
-        moments = self.moments.carrying(torch.diag(scale))
-        return LayerStatistics(moments, None if self.fisher is None else self.fisher.rescaled(scale))
-
 
 class StatisticsWriter:
     """Writes a STATS directory (into a staging directory that the caller makes atomic)."""
@@ -68,9 +62,9 @@ class StatisticsWriter:
         """One layer's Fisher statistics."""
         self._write(fisher, _fisher_file(self.directory, layer))
 
-    def write_held_fisher(self, layer: int, fisher: FisherMoments) -> None:
-        """The same with the scale of the keys' norm held."""
-        self._write(fisher, _held_fisher_file(self.directory, layer))
+    def write_normalized_fisher(self, layer: int, fisher: FisherMoments) -> None:
+        """The same of normalized keys."""
+        self._write(fisher, _normalized_fisher_file(self.directory, layer))
 
     def write_normalized(self, layer: int, normalized: NormalizedStatistics) -> None:
         """One layer's statistics of normalized queries and keys."""
@@ -136,23 +130,23 @@ class StatisticsStore:
         )
 
     @property
-    def has_held_fisher(self) -> bool:
-        """Whether Fisher statistics with the norms' scales held were collected."""
-        return _held_fisher_file(self.directory, 0).is_file()
+    def has_normalized_fisher(self) -> bool:
+        """Whether there are Fisher statistics of normalized keys."""
+        return _normalized_fisher_file(self.directory, 0).is_file()
 
-    def held_fisher(self, layer: int) -> FisherMoments:
-        """Fisher statistics of one layer with QK-norm, the scale of the keys' norm held.
+    def normalized_fisher(self, layer: int) -> FisherMoments:
+        """Fisher statistics of one layer with QK-norm, of [normalized keys ; values].
 
         Raises:
             CalibrationError: not collected (no backward pass, or statistics of an earlier version), or a damaged file.
         """
-        if not self.has_held_fisher:
+        if not self.has_normalized_fisher:
             raise CalibrationError(
-                f"{self.directory} holds no Fisher statistics for cached scales of QK-norm, which layout mla needs; collect them with "
-                "`care calibrate --fisher`, or choose --method care"
+                f"{self.directory} holds no Fisher statistics of normalized keys, which layout mla needs with QK-norm; add --fisher to "
+                "`care calibrate`, or choose --method care"
             )
         return FisherMoments.from_tensors(
-            self._load(_held_fisher_file(self.directory, layer), f"statistics of layer {layer}")
+            self._load(_normalized_fisher_file(self.directory, layer), f"statistics of layer {layer}")
         )
 
     def normalized(self, layer: int) -> NormalizedStatistics:
