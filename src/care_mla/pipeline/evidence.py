@@ -46,11 +46,12 @@ class Evidence:
         return replace(weights, k_size=self._key_size(layer, weights)) if self.caches_scales else weights
 
     def _key_size(self, layer: int, weights: AttentionWeights) -> Tensor:
-        """Root of the mean square of each key's head, [n]."""
+        """What the norm divides every key by, with the mean square of each head on average; [n]."""
         n, moments = len(weights.k), self.store.layer(layer)
         bias = weights.k.new_zeros(n) if weights.k_bias is None else weights.k_bias
         squares = moments.second_moment.diagonal()[:n] + 2.0 * bias * moments.mean[:n] + bias.square()
-        return 1.0 / constant_scale(squares, torch.ones_like(weights.k[: self.source.geometry.head_dim, 0]))
+        eps = float(self.source.reader.config.get("rms_norm_eps", 0.0))
+        return 1.0 / constant_scale(squares + eps, weights.k.new_ones(self.source.geometry.head_dim))
 
     def plain(self, layer: int) -> LayerStatistics:
         """Statistics of the outputs of keys and values, biases left out; no gradients."""
