@@ -56,7 +56,7 @@ SETUPS = {
     "87.5%, 0.25M": Setup({"kv_save": 0.875}, 250_000),
     "75%, lr 1.5e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, settings={"lr": 1.5e-3}),
     "75%, CE 0.1, 64k": Setup({"kv_save": 0.75}, 64_000, settings={"ce_weight": 0.1}),
-    "87.5%, attention, 0.25M": Setup({"kv_save": 0.875}, 250_000, settings={"train": "attention"}),
+    "87.5%, attention, 64k": Setup({"kv_save": 0.875}, 64_000, settings={"train": "attention"}),
     "87.5%, CE 0.1, 64k": Setup({"kv_save": 0.875}, 64_000, settings={"ce_weight": 0.1}),
     "75%, c4 and alpaca, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB),
     "75%, c4 and alpaca throughout, lr 1e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, WEB, {"lr": 1e-3}),
