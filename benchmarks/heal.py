@@ -47,20 +47,26 @@ class Setup:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+HIGH = {"lr": 3e-3}
 SETUPS = {
     "75%, 64k": Setup({"kv_save": 0.75}, 64_000),
-    "75%, from svd, 64k": Setup({"kv_save": 0.75, "method": "svd", "layout": "split", "ranks": "uniform"}, 64_000),
-    "75%, from care, 64k": Setup({"kv_save": 0.75, "method": "care", "layout": "split", "ranks": "uniform"}, 64_000),
-    "75%, from transmla, 64k": Setup({"kv_save": 0.75, **TRANSMLA}, 64_000),
+    "75%, lr 3e-3, 64k": Setup({"kv_save": 0.75}, 64_000, settings=HIGH),
+    "75%, from svd, 64k": Setup(
+        {"kv_save": 0.75, "method": "svd", "layout": "split", "ranks": "uniform"}, 64_000, settings=HIGH
+    ),
+    "75%, from care, 64k": Setup(
+        {"kv_save": 0.75, "method": "care", "layout": "split", "ranks": "uniform"}, 64_000, settings=HIGH
+    ),
+    "75%, from transmla, 64k": Setup({"kv_save": 0.75, **TRANSMLA}, 64_000, settings=HIGH),
+    "75%, CE 0.1, 64k": Setup({"kv_save": 0.75}, 64_000, settings={**HIGH, "ce_weight": 0.1}),
     "75%, 0.25M": Setup({"kv_save": 0.75}, 250_000),
-    "87.5%, 0.25M": Setup({"kv_save": 0.875}, 250_000),
-    "75%, lr 1.5e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, settings={"lr": 1.5e-3}),
-    "75%, CE 0.1, 64k": Setup({"kv_save": 0.75}, 64_000, settings={"ce_weight": 0.1}),
+    "75%, lr 3e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, settings=HIGH),
+    "87.5%, lr 3e-3, 0.25M": Setup({"kv_save": 0.875}, 250_000, settings=HIGH),
     "87.5%, attention, 64k": Setup({"kv_save": 0.875}, 64_000, settings={"train": "attention"}),
-    "87.5%, CE 0.1, 64k": Setup({"kv_save": 0.875}, 64_000, settings={"ce_weight": 0.1}),
-    "75%, c4 and alpaca, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB),
+    "87.5%, CE 0.1, 64k": Setup({"kv_save": 0.875}, 64_000, settings={**HIGH, "ce_weight": 0.1}),
+    "75%, c4 and alpaca, lr 3e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, settings=HIGH),
     "75%, c4 and alpaca throughout, lr 1e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, WEB, {"lr": 1e-3}),
-    "mla 50%, 64k": Setup({"kv_save": 0.5, "layout": "mla"}, 64_000),
+    "mla 50%, lr 3e-3, 64k": Setup({"kv_save": 0.5, "layout": "mla"}, 64_000, settings=HIGH),
 }
 
 

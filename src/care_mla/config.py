@@ -201,4 +201,4 @@ class HealSettings(Settings):
     @property
     def default_lr(self) -> float:
         """Highest learning rate where none is given; relative (`healing.preconditioning`), so the same for all widths."""
-        return {"kv": 3e-3, "attention": 1e-3, "all": 5e-4}[self.train]
+        return {"kv": 1.5e-3, "attention": 1e-3, "all": 5e-4}[self.train]

@@ -51,7 +51,7 @@ def heal(
         float | None,
         typer.Option(
             "--lr",
-            help="Highest learning rate: by what share a step changes what a weight gives.  [default: kv 3e-3, attention 1e-3, all 5e-4]",
+            help="Highest learning rate: by what share a step changes what a weight gives.  [default: kv 1.5e-3, attention 1e-3, all 5e-4]",
         ),
     ] = None,
     warmup: Annotated[
