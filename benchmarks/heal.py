@@ -62,7 +62,6 @@ SETUPS = {
     "75%, 0.25M": Setup({"kv_save": 0.75}, 250_000),
     "75%, lr 3e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, settings=HIGH),
     "87.5%, lr 3e-3, 0.25M": Setup({"kv_save": 0.875}, 250_000, settings=HIGH),
-    "87.5%, attention, 64k": Setup({"kv_save": 0.875}, 64_000, settings={"train": "attention"}),
     "87.5%, CE 0.1, 64k": Setup({"kv_save": 0.875}, 64_000, settings={**HIGH, "ce_weight": 0.1}),
     "75%, c4 and alpaca, lr 3e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, settings=HIGH),
     "75%, c4 and alpaca throughout, lr 1e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, WEB, {"lr": 1e-3}),
