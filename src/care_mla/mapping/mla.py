@@ -61,7 +61,7 @@ class AttentionWeights:
     Attributes:
         q, k, v: [n_h d, D], [n, D], [n, D]; o: [D, n_h d]; biases or None.
         q_norm, k_norm: [d] weights of the norms of queries and keys, None without QK-norm.
-        k_size: [n], rms of each key's head on average over calibration text; with QK-norm.
+        k_size: [n], rms of each key's head on average over calibration text; None: ones.
     """
 
     q: Float[Tensor, "nq D"]
@@ -84,9 +84,8 @@ class AttentionWeights:
     def key_scale(self) -> Float[Tensor, "n"]:
         """diag of S: what the keys' norm multiplies them by on average; ones without QK-norm."""
         n = len(self.k)
-        if self.k_norm is None or self.k_size is None:
-            return self.k.new_ones(n)
-        return self.k_norm.repeat(n // len(self.k_norm)) / self.k_size
+        weight = self.k.new_ones(n) if self.k_norm is None else self.k_norm.repeat(n // len(self.k_norm))
+        return weight if self.k_size is None else weight / self.k_size
 
 
 def _real_then_imaginary(z: Complex[Tensor, "... P"]) -> Float[Tensor, "... P2"]:

@@ -50,7 +50,7 @@ class Evidence:
         n, moments = len(weights.k), self.store.layer(layer)
         bias = weights.k.new_zeros(n) if weights.k_bias is None else weights.k_bias
         squares = moments.second_moment.diagonal()[:n] + 2.0 * bias * moments.mean[:n] + bias.square()
-        eps = float(self.source.reader.config.get("rms_norm_eps", 0.0))
+        eps = float(self.source.reader.config.get("rms_norm_eps", 1e-6))
         return 1.0 / constant_scale(squares + eps, weights.k.new_ones(self.source.geometry.head_dim))
 
     def plain(self, layer: int) -> LayerStatistics:
