@@ -138,11 +138,14 @@ def main() -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """KL to the original on held-out blocks against tokens, one line a row."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 5.2), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for row in rows:
         points = [(e["tokens"] / 1000, e["kl"]) for e in row["evaluations"]]
         axes.semilogy(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=row["key"])
-    axes.set(xlabel="thousands of tokens", ylabel="KL to the original on held-out text, nats per token")
+    axes.set(xlabel="thousands of tokens", ylabel="KL on held-out text, nats per token")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.1g}")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
