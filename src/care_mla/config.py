@@ -156,7 +156,7 @@ class HealSettings(Settings):
         seed: of what is held out, and of the order of blocks.
         eval_blocks: blocks held out for evaluation.
         eval_every: steps between evaluations, which also save the state; None: an eighth of the run.
-        patience: evaluations without progress after which the run stops; 0 never stops early.
+        patience: evaluations without progress in the second half of a run after which it stops; 0 never stops early.
         max_skipped: steps with a non-finite loss or gradient before the run is given up.
     """
 

@@ -105,7 +105,10 @@ def heal(
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option("--patience", help="Stop after so many evaluations without progress; 0: never.  [default: 4]"),
+        typer.Option(
+            "--patience",
+            help="Stop after so many evaluations without progress in the second half; 0: never.  [default: 4]",
+        ),
     ] = None,
     max_skipped: Annotated[
         int | None, typer.Option("--max-skipped", help="Non-finite steps before giving up.  [default: 8]")

@@ -231,7 +231,7 @@ class Run:
         if result["lost"] < best:
             progress.best_step, progress.stale = progress.step, 0
             self.state.save_best(self.module)
-        else:
+        elif progress.step > self.steps // 2:  # before, the rate is too high to tell
             progress.stale += 1
         self.state.save(self.module, self.optimizer, progress)
         return not self.settings.patience or progress.stale < self.settings.patience
