@@ -373,7 +373,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 import care_mla
-from care_mla.errors import ConversionError, HealingError
+from care_mla.errors import HealingError
 from care_mla.healing import loop
 
 def interrupted(run):

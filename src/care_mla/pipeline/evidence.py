@@ -18,7 +18,7 @@ from care_mla.mapping import (
 )
 from care_mla.methods import get_method, require_inputs
 from care_mla.pipeline.source import Source
-from care_mla.stats import LayerStatistics, StatisticsStore
+from care_mla.stats import LayerStatistics, Moments, StatisticsStore
 
 
 class Evidence:
@@ -47,31 +47,28 @@ class Evidence:
 
     def _key_size(self, layer: int, weights: AttentionWeights) -> Tensor:
         """What the norm divides every key by, with the mean square of each head on average; [n]."""
-        n, moments = len(weights.k), self.store.layer(layer)
-        bias = weights.k.new_zeros(n) if weights.k_bias is None else weights.k_bias
-        squares = moments.second_moment.diagonal()[:n] + 2.0 * bias * moments.mean[:n] + bias.square()
+        second, _ = key_moments(weights, self.store.layer(layer))
         eps = float(self.source.reader.config.get("rms_norm_eps", 1e-6))
-        return 1.0 / constant_scale(squares + eps, weights.k.new_ones(self.source.geometry.head_dim))
+        return 1.0 / constant_scale(second.diagonal() + eps, weights.k.new_ones(self.source.geometry.head_dim))
 
-    def plain(self, layer: int) -> LayerStatistics:
-        """Statistics of the outputs of keys and values, biases left out; no gradients."""
-        collected = LayerStatistics(self.store.layer(layer))
+    def plain(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
+        """Statistics of the outputs of keys and values, biases left out; gradients are those of `fisher`."""
+        collected = LayerStatistics(self.store.layer(layer), self.fisher(layer) if with_fisher else None)
         if not self.linear:
             return collected
         return linearized_statistics(self.attention(layer), self.store.normalized(layer), collected)
 
     def carried(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
         """Statistics of what latents carry, and the map [2n, D] to it: keys and values, the keys as large as an exact norm makes them."""
-        moments, fisher = self.store.layer(layer), self.fisher(layer) if with_fisher else None
+        collected = self.plain(layer, with_fisher=with_fisher)
         if self.linear:
-            linear, collected = self.attention(layer), LayerStatistics(moments, fisher)
-            return linearized_statistics(linear, self.store.normalized(layer), collected), linear.keys_and_values
+            return collected, self.attention(layer).keys_and_values
         W = self.source.stacked_weights(layer)
-        if self.caches_scales:
-            keys = self.attention(layer).key_scale()
-            scale = torch.cat([keys, torch.ones_like(keys)])
-            moments, W = moments.carrying(torch.diag(scale)), scale[:, None] * W
-        return LayerStatistics(moments, fisher), W
+        if not self.caches_scales:
+            return collected, W
+        keys = self.attention(layer).key_scale()
+        scale = torch.cat([keys, torch.ones_like(keys)])
+        return replace(collected, moments=collected.moments.carrying(torch.diag(scale))), scale[:, None] * W
 
     def norm_errors(self, layer: int) -> dict[str, float]:
         """E||n(x) - A x - c||^2 / E||n(x)||^2 of linearized queries and keys, by projection."""
@@ -80,6 +77,15 @@ class Evidence:
             "q": linearization_error(weights.q, weights.q_bias, normalized.queries),
             "k": linearization_error(weights.k, weights.k_bias, normalized.keys),
         }
+
+
+def key_moments(weights: AttentionWeights, moments: Moments) -> tuple[Tensor, Tensor]:
+    """E[k k^T] and E[k] of the stacked keys, biases included."""
+    n = len(weights.k)
+    bias = weights.k.new_zeros(n) if weights.k_bias is None else weights.k_bias
+    second, mean = moments.second_moment[:n, :n], moments.mean[:n]
+    second = second + torch.outer(mean, bias) + torch.outer(bias, mean) + torch.outer(bias, bias)
+    return second, mean + bias
 
 
 def require_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:

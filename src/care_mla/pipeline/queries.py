@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from care_mla.config import Recipe
@@ -12,6 +11,7 @@ from care_mla.geometry import Geometry
 from care_mla.linalg import Factors
 from care_mla.mapping import AttentionWeights, constant_scale, query_factors, query_metric, relative_query_error
 from care_mla.methods import require_inputs
+from care_mla.pipeline.evidence import key_moments
 from care_mla.pipeline.spectra import LayerSpectra
 from care_mla.rope import turned_covariance
 from care_mla.stats import LayerStatistics
@@ -43,15 +43,9 @@ def low_rank_queries(
 
 def _key_moments(weights: AttentionWeights, collected: LayerStatistics) -> tuple[Tensor, Tensor]:
     """E[k k^T] and E[k] of the keys that RoPE turns; of normalized ones with the mean square of each head as its norm."""
-    n = len(weights.k)
-    bias = torch.zeros(n, dtype=torch.float64) if weights.k_bias is None else weights.k_bias
-    second, mean = collected.moments.second_moment[:n, :n], collected.moments.mean[:n]
-    second = second + torch.outer(mean, bias) + torch.outer(bias, mean) + torch.outer(bias, bias)
-    mean = mean + bias
-    if weights.k_norm is not None:
-        scale = weights.key_scale()
-        second, mean = scale[:, None] * second * scale, scale * mean
-    return second, mean
+    scale = weights.key_scale()
+    second, mean = key_moments(weights, collected.moments)
+    return scale[:, None] * second * scale, scale * mean
 
 
 def _norm_scale(weights: AttentionWeights, C: Tensor) -> Tensor | None:

@@ -75,14 +75,18 @@ def open_source(source: str | Path) -> Source:
     return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
 
 
+def lost_features(family: FamilySpec, config: dict[str, Any], layout: Layout) -> list[str]:
+    """Features of a source that a layout would drop."""
+    return [feature for feature in family.features(config) if feature not in EXPRESSES[layout]]
+
+
 def require_expressible(family: FamilySpec, config: dict[str, Any], layout: Layout = "joint") -> None:
     """Refuse a source with a feature that a layout would drop.
 
     Raises:
         UnsupportedModelError
     """
-    lost = [feature for feature in family.features(config) if feature not in EXPRESSES[layout]]
-    if lost:
+    if lost := lost_features(family, config, layout):
         able = [name for name, kept in EXPRESSES.items() if set(lost) <= set(kept)]
         hint = f"; choose --layout {' or '.join(able)}" if able else ""
         because = "; ".join(REFUSES[layout][feature] for feature in lost if feature in REFUSES[layout])

@@ -9,9 +9,8 @@ from care_mla.checkpoint import atomic_directory
 from care_mla.checkpoint.writer import require_writable
 from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
-from care_mla.mapping import EXPRESSES
 from care_mla.pipeline.artifacts import versions
-from care_mla.pipeline.source import Source, open_source
+from care_mla.pipeline.source import Source, lost_features, open_source
 from care_mla.progress import Track, silent
 from care_mla.stats import StatisticsStore, StatisticsWriter
 
@@ -63,8 +62,8 @@ def write_statistics(
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.modeling import load
 
-    features = source.family.features(source.reader.config)
-    if settings.normalized and "QK-norm" not in features:
+    has_norm = "QK-norm" in source.family.features(source.reader.config)
+    if settings.normalized and not has_norm:
         raise ConfigError(
             f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
         )
@@ -78,7 +77,7 @@ def write_statistics(
     taps: list[NormalizedKeysTap] = []
     if settings.normalized:
         taps = [*normalized_taps(model, source.family, with_gradients=settings.fisher)]
-    elif settings.fisher and "QK-norm" in features and set(features) <= set(EXPRESSES["mla"]):
+    elif settings.fisher and has_norm and not lost_features(source.family, source.reader.config, "mla"):
         taps = normalized_keys_taps(model, source.family)
     options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
