@@ -41,6 +41,12 @@ def _quiet() -> None:
     torch.set_num_threads(1)  # tiny models lose by threads; pytest-xdist uses the cores
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _hears_interrupts() -> None:
+    """Shells start background jobs deaf to SIGINT, and processes that the tests start would inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """tiny("qwen3", num_key_value_heads=1) -> directory of a random model with a byte tokenizer."""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -352,8 +351,7 @@ def _interrupt(*_: Any) -> None:
 def test_interrupt_keeps_the_state(converted: Converted, settings: dict[str, Any], tmp_path: Path) -> None:
     words = _words({**settings, "tokens": "100M", "eval_every": 1})
     command = [sys.executable, "-m", "care_mla.cli", "heal", converted("joint"), "--out", tmp_path / "out", *words]
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # shells start background jobs deaf to it
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out.healing/step-*[0-9]")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
