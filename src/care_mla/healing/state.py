@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,39 @@ def on_main(action: Callable[[], None]) -> None:
         raise refused[0]
 
 
+@contextmanager
+def _checkpointing(directory: Path, failed: str) -> Iterator[None]:
+    """torch's distributed checkpoint wraps whatever stops it on a process, Ctrl-C as well, in one exception of its own.
+
+    Raises:
+        HealingError: "`directory` `failed`", and why.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process without a process group is what we mean
+            yield
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(_began_as_interrupt(cause) for cause in causes):
+            raise KeyboardInterrupt from None
+        why = next((line for cause in causes for line in str(cause).splitlines()), type(causes[0]).__name__)
+        raise HealingError(f"{directory} {failed} ({why})") from error
+
+
+def _began_as_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the root of an error; a half-written archive complains of its length where it is closed."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _save(values: dict[str, Any], directory: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process without a process group is what we mean
+    with _checkpointing(directory, "cannot be written"):
         dcp.save(values, checkpoint_id=directory)
 
 
 def _load(values: dict[str, Any], directory: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _checkpointing(directory, "cannot be read; start anew with --overwrite"):
         dcp.load(values, checkpoint_id=directory)
 
 
@@ -158,13 +183,11 @@ class RunState:
         if newest is None:
             return None
         values = {"model": trained_state(model), "optimizer": optimizer_state(model, optimizer)}
+        _load(values, newest)
         try:
-            _load(values, newest)
             progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise HealingError(
-                f"the saved state {newest} cannot be read ({str(error).splitlines()[0]}); start anew with --overwrite"
-            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise HealingError(f"{newest / PROGRESS} cannot be read; start anew with --overwrite ({error})") from error
         set_model_state_dict(model, values["model"], options=_TRAINED)
         set_optimizer_state_dict(model, optimizer, values["optimizer"])
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(progress.rng)), dtype=torch.uint8))
