@@ -29,12 +29,12 @@ class Interrupted(Exception):  # noqa: N818  (as KeyboardInterrupt)
 
 def main() -> None:
     """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
-    quiet_libraries()
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    from care_mla.cli import calibrate, convert, evaluate, export, fetch, heal, inspect, plan, report  # noqa: F401  (registration)
-
     errors = Console(stderr=True)
     try:
+        signal.signal(signal.SIGTERM, _as_interrupt)
+        quiet_libraries()
+        from care_mla.cli import calibrate, convert, evaluate, export, fetch, heal, inspect, plan, report  # noqa: F401  (registration)
+
         code = app(standalone_mode=False)  # typer returns the code of an Exit; 130 is its word for Ctrl-C
         if code == INTERRUPTED:
             raise KeyboardInterrupt
