@@ -66,15 +66,8 @@ SETUPS = {
     "87.5%, CE 0.1, 64k": Setup({"kv_save": 0.875}, 64_000, settings={**HIGH, "ce_weight": 0.1}),
     "87.5%, CE 0.1, 0.25M": Setup({"kv_save": 0.875}, 250_000, settings={**HIGH, "ce_weight": 0.1}),
     "87.5%, attention, 0.25M": Setup({"kv_save": 0.875}, 250_000, settings={"train": "attention"}),
-    "75%, attention, 0.25M": Setup({"kv_save": 0.75}, 250_000, settings={"train": "attention"}),
-    "75%, self, 0.25M": Setup({"kv_save": 0.75}, 250_000, ("self",), settings=LOW),
+    "75%, self, lr 5e-4, 0.25M": Setup({"kv_save": 0.75}, 250_000, ("self",), settings=LOW),
     "75%, c4 and alpaca, lr 5e-4, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, settings=LOW),
-    "75%, c4 and alpaca, CE 0.1, lr 5e-4, 0.25M": Setup(
-        {"kv_save": 0.75}, 250_000, WEB, settings={**LOW, "ce_weight": 0.1}
-    ),
-    "75%, c4 and alpaca, attention, lr 5e-4, 0.25M": Setup(
-        {"kv_save": 0.75}, 250_000, WEB, settings={**LOW, "train": "attention"}
-    ),
     "75%, c4 and alpaca, lr 3e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, settings=HIGH),
     "75%, c4 and alpaca throughout, lr 1e-3, 0.25M": Setup({"kv_save": 0.75}, 250_000, WEB, WEB, {"lr": 1e-3}),
     "mla 50%, lr 3e-3, 64k": Setup({"kv_save": 0.5, "layout": "mla"}, 64_000, settings=HIGH),
