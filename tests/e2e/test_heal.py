@@ -332,17 +332,20 @@ def test_killed_before_the_first_state(heal: Heal, tmp_path: Path, monkeypatch: 
     assert _steps(tmp_path / "out") == _steps(tmp_path / "whole")
 
 
-def test_damaged_state(heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_state(
+    heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(HealingError, match="no run to resume"):
         heal(resume=True)
     monkeypatch.setattr(loop.Run, "step", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         heal()
     monkeypatch.undo()
-    for path in (tmp_path / "out.healing" / "step-0").glob("*.distcp"):
-        path.write_bytes(b"damaged")
-    with pytest.raises(HealingError, match=r"step-0 cannot be read; start anew with --overwrite \(.+\)"):
-        heal(resume=True)
+    for name in ("__0_0.distcp", ".metadata"):
+        (tmp_path / "out.healing" / "step-0" / name).write_bytes(b"damaged")
+        with pytest.raises(HealingError, match=r"step-0 cannot be read; start anew with --overwrite \(.+\)"):
+            heal(resume=True)
+    assert not [record for record in caplog.records if record.name == "root"]  # torch's tracebacks
     assert heal(overwrite=True)["step"] == STEPS
 
 

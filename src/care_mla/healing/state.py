@@ -6,6 +6,7 @@ torch's distributed checkpoint holds trained weights and optimizer, whatever the
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -93,6 +94,8 @@ def _checkpointing(directory: Path, failed: str) -> Iterator[None]:
     Raises:
         HealingError: "`directory` `failed`", and why.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what it logs, traceback and all, it raises as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one process without a process group is what we mean
@@ -103,6 +106,8 @@ def _checkpointing(directory: Path, failed: str) -> Iterator[None]:
             raise KeyboardInterrupt from None
         why = next((line for cause in causes for line in str(cause).splitlines()), type(causes[0]).__name__)
         raise HealingError(f"{directory} {failed} ({why})") from error
+    finally:
+        logging.disable(disabled)
 
 
 def _began_as_interrupt(error: BaseException | None) -> bool:
