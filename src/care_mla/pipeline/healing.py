@@ -189,7 +189,7 @@ def kept_after_interrupt(out: str | Path) -> str:
     if not work.is_dir():
         return f"{one_shot} holds the conversion, which {again} heals" if one_shot.is_dir() else ""
     resume = f"{again} --resume" if one_shot.is_dir() else "--resume"
-    return f"{work} holds the last saved state, and {resume} goes on from it"
+    return f"{work} holds the run so far, and {resume} goes on with it"
 
 
 def _one_shot_directory(out: str | Path) -> Path:
