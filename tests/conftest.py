@@ -61,8 +61,9 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
 def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Run `care ...` here; returns what it printed, after checking the exit code."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("CARE_DEBUG", "1")  # what nobody foresaw is a failure, not a sentence
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
@@ -76,7 +77,8 @@ def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return printed
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -212,14 +212,6 @@ def test_unknown_architecture(care: Care, source: Path, tmp_path: Path) -> None:
     assert "MambaForCausalLM" in printed and "no family spec" in printed and not (tmp_path / "out").exists()
 
 
-def test_existing_out(care: Care, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("kept")
-    assert "--overwrite" in care("convert", source, "--out", out, "--rank", 4, code=1)
-    assert (out / "precious").read_text() == "kept"
-
-
 def test_statistics_of_another_model(
     care: Care, source: Path, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:

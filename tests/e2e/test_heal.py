@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import care_mla
+from care_mla.checkpoint.outputs import Kind, mark
 from care_mla.errors import ConversionError, HealingError
 from care_mla.healing import loop, state
 from care_mla.pipeline import convert_and_heal, healing
@@ -263,10 +264,49 @@ def test_what_healing_would_refuse_is_refused_before_the_conversion(
 ) -> None:
     monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted"))
     if not bad:
-        (tmp_path / "out.healing").mkdir()
+        work = tmp_path / "out.healing"
+        work.mkdir()
+        mark(work, Kind.HEALING, ["*"])
     with pytest.raises(ConversionError, match=sentence):
         convert_and_heal(converted("source"), tmp_path / "out", **{"heal_tokens": 2048, "kv_save": 0.5, **bad})
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.one-shot").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.healing" / "one-shot").exists()
+
+
+def test_a_folder_that_only_looks_like_a_state_is_never_removed(
+    converted: Converted, heal: Heal, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "out.healing" / "poems.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    for overwrite in (False, True):
+        with pytest.raises(ConversionError, match="out.healing"):
+            heal(overwrite=overwrite)
+        with pytest.raises(ConversionError, match="out.healing"):
+            convert_and_heal(converted("source"), tmp_path / "out", heal_tokens=2048, kv_save=0.5, overwrite=overwrite)
+    assert theirs.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["out.healing"]
+
+
+@pytest.mark.parametrize("where", ["convert", "heal"])
+def test_conversion_with_healing_goes_on_by_the_same_call(
+    where: str, converted: Converted, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the first state of the healing, and after it; what is done is not done again."""
+    text = {"calibration": str(text_file), "samples": 4, "seqlen": 32}
+
+    def call(heal_tokens: int = 2048, **options: Any) -> dict[str, Any]:
+        recipe = {"rank": 8, "method": "svd", "ranks": "uniform", "calibration": text}
+        return convert_and_heal(converted("source"), tmp_path / "out", heal_tokens=heal_tokens, **recipe, **options)
+
+    monkeypatch.setattr(*((healing, "_make_run") if where == "convert" else (loop.Run, "step")), _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
+    with pytest.raises(HealingError, match="unfinished run"):
+        call(heal_tokens=4096)
+    monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted again"))
+    (record,) = call()["healing"]
+    assert record["tokens"] == 2048 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- killed and gone on with ------------------------------------------------------------------------------------------
@@ -301,7 +341,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(
         [*words, *_words(settings)], capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | threads
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.healing", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out.healing", "whole"]
     with pytest.raises(HealingError, match="another lr"):
         heal(resume=True, lr=1e-4)
     with pytest.raises(HealingError, match="--resume"):

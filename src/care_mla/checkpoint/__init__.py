@@ -1,7 +1,18 @@
 """Reading and writing checkpoints: lazy shards in, atomic sharded directories out, never pickle."""
 
+from care_mla.checkpoint.outputs import Kind, claim, locked, require_output, scratch
 from care_mla.checkpoint.reader import CheckpointReader
 from care_mla.checkpoint.source import resolve_source
-from care_mla.checkpoint.writer import ShardedWriter, atomic_directory, copy_side_files
+from care_mla.checkpoint.writer import ShardedWriter, copy_side_files
 
-__all__ = ["CheckpointReader", "ShardedWriter", "atomic_directory", "copy_side_files", "resolve_source"]
+__all__ = [
+    "CheckpointReader",
+    "Kind",
+    "ShardedWriter",
+    "claim",
+    "copy_side_files",
+    "locked",
+    "require_output",
+    "resolve_source",
+    "scratch",
+]

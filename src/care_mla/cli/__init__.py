@@ -1,26 +1,21 @@
-"""The `care` command. One file a subcommand; each is a thin skin over a function of `care_mla`."""
+"""The `care` command. One file a subcommand; each is a thin skin over a function of `care_mla`.
+
+Nothing but the standard library is imported before `main` listens for Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
-from care_mla.errors import ConversionError
-
-app = typer.Typer(
-    name="care",
-    help="Turn a pretrained MHA/GQA language model into Multi-head Latent Attention, and measure what it costs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
+if TYPE_CHECKING:
+    import typer
 
 INTERRUPTED = 130
+DEBUG = "CARE_DEBUG"
+"""Environment variable: set, an error that nobody foresaw shows where it came from."""
 
 
 class Interrupted(Exception):  # noqa: N818  (as KeyboardInterrupt)
@@ -28,39 +23,82 @@ class Interrupted(Exception):  # noqa: N818  (as KeyboardInterrupt)
 
 
 def main() -> None:
-    """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C cleans up and exits with 130."""
-    errors = Console(stderr=True)
+    """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C, SIGTERM and SIGHUP clean up and exit with 130."""
     try:
-        signal.signal(signal.SIGTERM, _as_interrupt)
-        quiet_libraries()
-        from care_mla.cli import calibrate, convert, evaluate, export, fetch, heal, inspect, plan, report  # noqa: F401  (registration)
+        code = _run()
+    except (KeyboardInterrupt, Interrupted) as interrupt:
+        kept = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was written"
+        _complain(f"interrupted; {kept}")
+        code = INTERRUPTED
+    except BrokenPipeError:  # `care inspect X | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
-        code = app(standalone_mode=False)  # typer returns the code of an Exit; 130 is its word for Ctrl-C
+
+def _run() -> int:
+    """Run the command that was typed; its exit code."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays deaf
+            signal.signal(number, _as_interrupt)
+    import click
+    import typer
+
+    from care_mla.cli.terminal import take_any_character
+    from care_mla.errors import ConversionError
+
+    take_any_character()
+    try:
+        quiet_libraries()
+        code = _app()(standalone_mode=False)  # typer returns the code of an Exit; 130 is its word for Ctrl-C
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+        sys.stdout.flush()
+        return int(code or 0)
     except ConversionError as error:
-        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort, Interrupted) as interrupt:
-        kept = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was written"
-        errors.print(f"interrupted; {_escaped(kept)}", soft_wrap=True, highlight=False)
-        sys.exit(INTERRUPTED)
+        return _complain(error, head="error: ")
+    except (click.Abort, typer.Abort) as abort:
+        raise KeyboardInterrupt from abort
+    except (BrokenPipeError, Interrupted):
+        raise
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's parser
-            errors.print(f"[bold red]error:[/] {_escaped(error.format_message())}", soft_wrap=True, highlight=False)
-            sys.exit(2)
-        raise
-    sys.exit(code or 0)
+            return _complain(error.format_message(), head="error: ", code=2)
+        if os.environ.get(DEBUG):
+            raise
+        return _complain(_unforeseen(error), head="error: ")
+
+
+def _unforeseen(error: Exception) -> str:
+    """One sentence on an error that nobody foresaw."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; take a smaller --batch-size, --seqlen or model"
+    words = " ".join(str(error).split()) or "no message"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return f"unforeseen {type(error).__name__}: {words[:300]}; this is a fault of care-mla, {DEBUG}=1 shows where"
+
+
+def _complain(text: object, *, head: str = "", code: int = 1) -> int:
+    try:
+        from care_mla.cli.terminal import say
+
+        say(str(text), head=head, style="bold red", stderr=True)
+    except OSError:  # a terminal that is gone, or a full disk behind 2>
+        code = max(code, 1)
+    return code
 
 
 def _as_interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _escaped(text: object) -> str:
-    from rich.markup import escape
+def _app() -> typer.Typer:
+    from care_mla.cli import calibrate, convert, evaluate, export, fetch, heal, inspect, plan, report  # noqa: F401  (registration)
+    from care_mla.cli.application import app
 
-    return escape(str(text))
+    return app
 
 
 def quiet_libraries() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich import print as show
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import say
 from care_mla.progress import rich_track
 
 
@@ -53,4 +54,4 @@ def calibrate(
         fisher=fisher,
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
-    show(f"statistics are in {out}")
+    say(f"statistics are in {out}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
 from care_mla.cli.heal import show_healing
+from care_mla.cli.terminal import console
 from care_mla.config import LOW_BUDGET_FROM
 from care_mla.methods import METHODS
 from care_mla.progress import rich_meter, rich_track
@@ -246,5 +247,5 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
         before = " (before the refit)" if recipe["refit"] else ""
         table.add_row("predicted loss increase", f"{manifest['predicted_loss_increase']:.4f} nats per token{before}")
     table.add_row("report", str(out / pipeline.REPORT))
-    Console().print(table)
+    console().print(table)
     options.show_notes(manifest["notes"])

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console
 from care_mla.progress import rich_track
 
 
@@ -27,6 +28,7 @@ def evaluate(
     dtype: options.DType = "auto",
 ) -> None:
     """Perplexity, KL to the reference, and the cache measured on the live cache object."""
+    options.require_json(json_out)
     result = pipeline.evaluate(
         model,
         text,
@@ -39,8 +41,8 @@ def evaluate(
         track=rich_track,
     )
     if json_out is not None:
-        pipeline.write_json(json_out, result)
-    Console().print(evaluation_table(result, title=f"{model} on {text}, {windows} x {seqlen} tokens"))
+        pipeline.write_json(json_out, {"format": "care-mla evaluation 1", **result})
+    console().print(evaluation_table(result, title=f"{model} on {text}, {windows} x {seqlen} tokens"))
 
 
 def evaluation_table(result: dict[str, Any], *, title: str) -> Table:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console
 from care_mla.progress import rich_track
 
 
@@ -40,5 +41,5 @@ def export(
     table.add_row("cache of a layer", f"latent {record['kv_lora_rank']} + rotary key {record['qk_rope_head_dim']}")
     table.add_row("cached elements per token", f"{record['cache_elements_per_token']}")
     table.add_row("KV cache saved", f"{100 * record['kv_save']:.1f}%")
-    Console().print(table)
+    console().print(table)
     options.show_notes(record["notes"])

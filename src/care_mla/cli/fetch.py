@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import print as show
+from rich.text import Text
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console, say
 
 
 @app.command()
@@ -19,8 +21,6 @@ def fetch(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Put a model into an ordinary Hugging Face directory."""
-    from rich.console import Console
-
-    with Console().status(f"Fetching {name} ..."):
+    with console(stderr=True).status(Text(f"Fetching {name} ...")):
         pipeline.fetch(name, directory, overwrite=overwrite)
-    show(f"{name} is in {directory}")
+    say(f"{name} is in {directory}")

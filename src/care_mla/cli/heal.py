@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console
 from care_mla.progress import rich_meter, rich_track
 
 
@@ -176,11 +177,10 @@ def show_healing(record: dict[str, Any], out: Path) -> None:
         table.add_column(column, justify="right")
     table.add_row("KL to the teacher", f"{before['kl']:.4f}", f"{after['kl']:.4f}", "0")
     table.add_row("cross entropy", f"{before['ce']:.4f}", f"{after['ce']:.4f}", f"{before['teacher_ce']:.4f}")
-    Console().print(table)
+    console().print(table)
     stopped = ", stopped early: the gap no longer closed" if record["stopped_early"] else ""
     skipped = f", {record['skipped']} steps skipped (not finite)" if record["skipped"] else ""
-    Console().print(
+    console().print(
         f"{record['tokens']:,} tokens, {record['tokens_per_second']:.0f} a second, best at step {record['best_step']} of {record['step']}{stopped}{skipped}",
         soft_wrap=True,
-        highlight=False,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console
 
 
 @app.command()
@@ -27,8 +28,8 @@ def inspect(
     )
     table.add_row("layers, hidden size", f"{geometry.num_layers}, {geometry.hidden_size}")
     table.add_row("KV parity", f"rank {geometry.kv_width} for K and V, joint {2 * geometry.kv_width}")
-    console = Console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
 
     cache = Table(title=f"KV cache per token ({facts.dtype})")
     for column in ("saved", "elements", "bytes", "--rank", "joint latent"):
@@ -41,11 +42,11 @@ def inspect(
             f"{row.rank:g}",
             f"{2 * row.rank:g}",
         )
-    console.print(cache)
+    terminal.print(cache)
 
     kept = Table(title="Features a conversion must keep")
     for column in ("feature", "in this model", "layouts split, joint", "layout mla"):
         kept.add_column(column)
     for feature in facts.features:
         kept.add_row(*feature)
-    console.print(kept if facts.features else "No feature beyond plain attention with RoPE; all layouts express it.")
+    terminal.print(kept if facts.features else "No feature beyond plain attention with RoPE; all layouts express it.")

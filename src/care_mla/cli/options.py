@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from care_mla.cli import Interrupted
+from care_mla.cli.terminal import say
+from care_mla.files import require_own_file
 
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
@@ -53,7 +53,7 @@ def given(**options: object) -> dict[str, object]:
 def show_notes(notes: Iterable[str]) -> None:
     """What the user should know though nothing failed."""
     for note in notes:
-        Console(stderr=True).print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True, highlight=False)
+        say(note, head="note: ", style="yellow", stderr=True)
 
 
 def numbers(text: str, option: str) -> list[float]:
@@ -62,6 +62,16 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{option} {text!r}: numbers separated by commas, e.g. 0.5,0.75") from error
+
+
+def require_json(path: Path | None) -> None:
+    """A file that --json may write.
+
+    Raises:
+        CheckpointError
+    """
+    if path is not None:
+        require_own_file(path, "--json")
 
 
 SCALES = {"k": 1e3, "m": 1e6, "b": 1e9}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
-from care_mla.cli import app, options
+from care_mla.cli import options
+from care_mla.cli.application import app
+from care_mla.cli.terminal import console
 from care_mla.pipeline import RankForecast
 from care_mla.progress import rich_track
 
@@ -49,6 +50,7 @@ def plan(
 ) -> None:
     """Predicted loss increase and rank profile by budget and recipe; writes no model."""
     shares = options.numbers(kv_save, "--kv-save")
+    options.require_json(json_out)
     if method is None and (layout is not None or ranks is not None):
         raise typer.BadParameter("--layout and --ranks choose the recipe together with --method")
     common = options.given(ranks=ranks, min_rank=min_rank, max_rank=max_rank, rank_multiple=rank_multiple)
@@ -63,26 +65,28 @@ def plan(
         recipes = [{"method": name, "layout": one} for name in method.split(",") for one in layouts]
     pipeline.require_plot(plot)
     forecasts = pipeline.plan_ranks(source, stats, kv_save=shares, recipes=recipes, track=rich_track, **common)
-    console = Console()
+    terminal = console()
     for _, budgets in groupby(forecasts, key=lambda forecast: forecast.name):
-        console.print(forecast_table(list(budgets)))
-    console.print(
+        terminal.print(forecast_table(list(budgets)))
+    terminal.print(
         "predicted: loss increase in nats per token, quadratic model, before any refit"
         if forecasts[0].predicted_loss_increase is not None
         else "no prediction: these statistics were collected without --fisher"
     )
     options.show_notes(forecasts[0].notes)
     if json_out is not None:
-        pipeline.write_json(json_out, {"forecasts": [forecast.to_dict() for forecast in forecasts]})
+        pipeline.write_json(
+            json_out, {"format": "care-mla forecasts 1", "forecasts": [forecast.to_dict() for forecast in forecasts]}
+        )
     pipeline.plot_forecasts(source, forecasts, plot)
-    console.print(f"plot: {plot}", highlight=False)
+    terminal.print(f"plot: {plot}")
 
 
 def _plan_uniform(source: str, shares: list[float], json_out: Path | None) -> None:
     """Budgets and equal ranks of a source that nothing is known of but its config.json."""
     facts = pipeline.inspect(source, shares)
     geometry = facts.geometry
-    console = Console()
+    terminal = console()
     table = Table(title=f"Equal ranks in {geometry.num_layers} layers ({facts.dtype})", title_justify="left")
     for column in ("layout", "saved", "elements", "bytes", "rank of each latent"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -98,10 +102,10 @@ def _plan_uniform(source: str, shares: list[float], json_out: Path | None) -> No
             str(elements * facts.element_bytes),
             ", ".join(map(str, plan.ranks[0])),
         )
-    console.print(table)
-    console.print("ranks by layer and predicted loss: care calibrate, then --stats", highlight=False)
+    terminal.print(table)
+    terminal.print("ranks by layer and predicted loss: care calibrate, then --stats")
     if json_out is not None:
-        pipeline.write_json(json_out, {"plans": [plan.to_dict() for plan in plans]})
+        pipeline.write_json(json_out, {"format": "care-mla plans 1", "plans": [plan.to_dict() for plan in plans]})
 
 
 def forecast_table(forecasts: list[RankForecast]) -> Table:

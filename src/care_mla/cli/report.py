@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import print as show
 
 from care_mla import pipeline
-from care_mla.cli import app
+from care_mla.cli.application import app
+from care_mla.cli.terminal import say
 
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="Converted model.", metavar="DIR")]) -> None:
     """Write the HTML report again from the saved artifacts."""
-    show(f"report is at {pipeline.write_report(directory)}")
+    say(f"report is at {pipeline.write_report(directory)}")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from care_mla.config import HealSettings
 from care_mla.errors import HealingError
+from care_mla.files import append_line, write_tensors, write_text
 from care_mla.healing.blocks import Blocks, Order
 from care_mla.healing.distillation import LOSSES, Distillation, Phase
 from care_mla.healing.state import Progress, RunState, is_main
@@ -183,7 +183,7 @@ class Run:
         self.progress.skipped += 1
         path = self.work / f"bad-batch-{self.progress.step}.safetensors"
         if is_main():
-            save_file(self.train[rows].to_tensors(), path)
+            write_tensors(path, self.train[rows].to_tensors())
         if self.progress.skipped > self.settings.max_skipped:
             raise HealingError(
                 f"loss or gradient was not finite in {self.progress.skipped} steps, the last is {self.progress.step}, its tokens are in {path}; "
@@ -238,8 +238,7 @@ class Run:
 
     def _record(self, values: dict[str, Any]) -> None:
         if is_main():
-            with (self.metrics).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            append_line(self.metrics, json.dumps(values))
         held_out = values.get("evaluation")
         named = {f"held_out/{k}": v for k, v in held_out.items()} if held_out else values
         self.accelerator.log(named, step=self.progress.step)  # to the trackers of --log-with, if any
@@ -254,7 +253,7 @@ class Run:
         path = self.metrics
         if is_main() and path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def train_all(self, meter: Meter) -> Progress:
         """Train to the end of the budget, or until evaluations show no progress; the best weights are in the model then."""

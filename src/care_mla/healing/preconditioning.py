@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from care_mla.files import write_tensors
 from care_mla.healing.state import on_main
 from care_mla.healing.student import DOWN_FACTORS, KV_FACTORS
 
@@ -112,9 +113,7 @@ def precondition(model: nn.Module, path: Path, run: Callable[[], None]) -> None:
 
     def measure() -> None:
         if not path.is_file():
-            partial = path.with_suffix(".partial")
-            save_file(scales(model, run), partial)
-            partial.rename(path)
+            write_tensors(path, scales(model, run))
 
     on_main(measure)
     found = load_file(path)

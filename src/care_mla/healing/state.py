@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from care_mla.errors import ConversionError, HealingError
+from care_mla.files import write_text, writing
 
 PROGRESS = "progress.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -170,16 +171,18 @@ class RunState:
         staging = target.with_name(f"{target.name}.partial")
         if is_main():
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            with writing(staging):
+                staging.mkdir(parents=True)
         wait()
         _save({"model": trained_state(model), "optimizer": optimizer_state(model, optimizer)}, staging)
         if is_main():
-            (staging / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            write_text(staging / PROGRESS, json.dumps(asdict(progress)))
             shutil.rmtree(target, ignore_errors=True)
-            staging.rename(target)
-            for other in self.directory.glob("step-*"):
-                if other != target:
-                    shutil.rmtree(other)
+            with writing(target):
+                staging.rename(target)
+                for other in self.directory.glob("step-*"):
+                    if other != target:
+                        shutil.rmtree(other)
         wait()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
@@ -207,7 +210,8 @@ class RunState:
         _save({"model": trained_state(model)}, staging)
         if is_main():
             shutil.rmtree(target, ignore_errors=True)
-            staging.rename(target)
+            with writing(target):
+                staging.rename(target)
         wait()
 
     def load_best(self, model: nn.Module) -> None:

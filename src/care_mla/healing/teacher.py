@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from care_mla.errors import HealingError
+from care_mla.files import write_tensors, writing
 from care_mla.healing.blocks import Blocks
 from care_mla.healing.state import is_main, wait
 from care_mla.progress import Track
@@ -79,15 +80,15 @@ def store(blocks: Blocks, path: Path, batch_size: int, top_of: TopOf, track: Tra
         top, id_ = top_of(blocks[rows])
         tops.append(top.float().cpu())
         ids.append(id_.to(torch.int32).cpu())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"rows": own, "top": torch.cat(tops), "ids": torch.cat(ids)}, _part(path, rank))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(_part(path, rank), {"rows": own, "top": torch.cat(tops), "ids": torch.cat(ids)})
     wait()
     if is_main():
         parts = [load_file(_part(path, process)) for process in range(processes)]
         order = torch.cat([part["rows"] for part in parts]).argsort(stable=True)[: len(blocks)]
         whole = {name: torch.cat([part[name] for part in parts])[order] for name in ("top", "ids")}
-        save_file(whole, _part(path, processes))
-        _part(path, processes).rename(path)
+        write_tensors(path, whole)
         for process in range(processes):
             _part(path, process).unlink()
     wait()

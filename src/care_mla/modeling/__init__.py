@@ -3,7 +3,7 @@
 from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
-from care_mla.modeling.gguf import gguf_to_directory
+from care_mla.modeling.gguf import gguf_to_directory, require_gguf
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 
@@ -20,6 +20,7 @@ __all__ = [
     "gguf_to_directory",
     "load",
     "matching_rotation",
+    "require_gguf",
     "rotary_frequencies",
     "stock_shapes",
 ]

@@ -3,7 +3,8 @@
 A file a stage: what it does is public here, what the stages share is in `source`, `artifacts`, `spectra` and `planning`.
 """
 
-from care_mla.pipeline.artifacts import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions, write_json
+from care_mla.files import write_json
+from care_mla.pipeline.artifacts import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions
 from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import evaluate, write_report
 from care_mla.pipeline.exporting import EXPORT_TARGETS, export

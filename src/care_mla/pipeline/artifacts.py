@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 MANIFEST = "care_manifest.json"
 
@@ -34,6 +33,21 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Pretty JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def inputs_of(
+    *,
+    source: str | Path | None = None,
+    stats: str | Path | None = None,
+    teacher: str | Path | None = None,
+    text: str | None = None,
+) -> list[tuple[str, Path]]:
+    """What a command reads, as far as it is on this disk, and what messages call it; see `checkpoint.outputs`.
+
+    Args:
+        text: SPEC of a calibration or training text.
+    """
+    from care_mla.calibration.corpus import parse_spec
+
+    named = [("the source", source), ("the statistics", stats), ("the teacher", teacher)]
+    named += [("the text", part.name) for part in parse_spec(text)] if text is not None else []
+    paths = [(name, Path(path).expanduser()) for name, path in named if path is not None]
+    return [(name, path) for name, path in paths if os.path.lexists(path)]

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from care_mla.checkpoint import ShardedWriter, atomic_directory, copy_side_files
-from care_mla.checkpoint.writer import require_writable
+from care_mla.checkpoint import Kind, ShardedWriter, claim, copy_side_files, require_output
 from care_mla.config import CalibrationSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families.spec import Projection
+from care_mla.files import write_json, write_tensors, writing
 from care_mla.linalg import Factors
 from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
-from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, versions, write_json
-from care_mla.pipeline.evaluation import write_report
+from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, inputs_of, versions
+from care_mla.pipeline.evaluation import draw_report
 from care_mla.pipeline.evidence import require_statistics
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
 from care_mla.pipeline.queries import low_rank_queries
-from care_mla.pipeline.source import Source, open_source, require_elsewhere
+from care_mla.pipeline.source import Source, open_source
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
 from care_mla.progress import Track, silent
@@ -75,16 +74,18 @@ def convert(
     }
     settings: CalibrationSettings = CalibrationSettings.make(**{**needs, **(calibration or {})})
     out = Path(out)
-    require_writable(out, overwrite)
+    inputs = inputs_of(source=source, stats=stats, text=None if stats is not None else settings.calibration)
+    require_output(out, Kind.CONVERTED, inputs, overwrite=overwrite)
     opened = open_source(source)
-    require_elsewhere(out, opened.directory)
+    inputs += inputs_of(source=opened.directory)
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
     if statistics is not None:
         require_statistics(statistics, chosen)
 
     with (
-        atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging,
+        claim(out, Kind.CONVERTED, inputs, overwrite=overwrite) as claimed,
+        claimed.staging(opened.reader.num_bytes) as staging,
         _workspace(staging) as work,
     ):
         if statistics is None:
@@ -122,7 +123,7 @@ def convert(
             writer.add_layer(layer, tensors)
             layers.append(record)
         writer.finish([s.frequencies.tolist() for s in spectra.selections] or None)
-        save_file(spectra.named_energies(plan.layout), staging / SPECTRA)
+        write_tensors(staging / SPECTRA, spectra.named_energies(plan.layout))
         manifest = {
             "format": "care-mla manifest 1",
             "source": {
@@ -144,7 +145,7 @@ def convert(
             "versions": versions(),
         }
         write_json(staging / MANIFEST, manifest)
-        write_report(staging)
+        draw_report(staging)
     return manifest
 
 
@@ -179,8 +180,13 @@ def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, de
 @contextmanager
 def _workspace(staging: Path) -> Iterator[Path]:
     """A scratch directory on the target's disk, gone before the target is renamed."""
-    with tempfile.TemporaryDirectory(prefix="work-", dir=staging) as directory:
-        yield Path(directory)
+    work = staging / "work"
+    with writing(work):
+        work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 class _CheckpointBuilder:

@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from care_mla.checkpoint import resolve_source
+from care_mla.checkpoint import locked, resolve_source
 from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError
-from care_mla.pipeline.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA, write_json
+from care_mla.files import write_json, write_text
+from care_mla.pipeline.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA
 from care_mla.progress import Track, silent
 
 
@@ -58,8 +59,9 @@ def evaluate(
     result = {"text": str(text), **evaluate_model(converted, rows, reference=original, track=track).to_dict()}
     if (directory / MANIFEST).is_file():
         same = (result["text"], seqlen, windows)
-        kept = [e for e in saved_evaluations(directory) if (e["text"], e["seqlen"], e["windows"]) != same]
-        write_json(directory / EVALUATION, {"evaluations": [*kept, result]})
+        with locked(directory):
+            kept = [e for e in saved_evaluations(directory) if (e["text"], e["seqlen"], e["windows"]) != same]
+            write_json(directory / EVALUATION, {"evaluations": [*kept, result]})
         write_report(directory)
     return result
 
@@ -77,13 +79,20 @@ def write_report(directory: str | Path) -> Path:
     Raises:
         CheckpointError: not a converted model.
     """
-    from care_mla.report import render_report
-
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         raise CheckpointError(
             f"{directory} has no {MANIFEST}; a report is made of a directory that `care convert` wrote"
         )
+    with locked(directory):
+        draw_report(directory)
+    return directory / REPORT
+
+
+def draw_report(directory: Path) -> None:
+    """As `write_report`, in a directory that this process holds."""
+    from care_mla.report import render_report
+
     metrics = directory / METRICS
     html = render_report(
         read_json(directory / MANIFEST),
@@ -91,5 +100,4 @@ def write_report(directory: str | Path) -> Path:
         saved_evaluations(directory),
         [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else None,
     )
-    (directory / REPORT).write_text(html, encoding="utf-8")
-    return directory / REPORT
+    write_text(directory / REPORT, html)

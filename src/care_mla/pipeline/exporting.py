@@ -9,10 +9,10 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_directory, copy_side_files
-from care_mla.checkpoint.writer import require_writable
+from care_mla.checkpoint import CheckpointReader, Kind, ShardedWriter, claim, copy_side_files, require_output
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
+from care_mla.files import write_json
 from care_mla.geometry import Geometry
 from care_mla.mapping.deepseek import (
     EMBEDDING,
@@ -27,8 +27,7 @@ from care_mla.mapping.deepseek import (
     require_stock_frequencies,
     residual_scale,
 )
-from care_mla.pipeline.artifacts import EXPORT, versions, write_json
-from care_mla.pipeline.source import require_elsewhere
+from care_mla.pipeline.artifacts import EXPORT, inputs_of, versions
 from care_mla.progress import Track, silent
 
 EXPORT_TARGETS = ("deepseek-v3",)
@@ -64,11 +63,14 @@ def export(
     if engine not in get_args(Engine):
         raise ConfigError(f"unknown --engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
     directory, out = Path(converted), Path(out)
-    require_writable(out, overwrite)
-    require_elsewhere(out, directory)
+    inputs = inputs_of(source=directory)
+    require_output(out, Kind.EXPORTED, inputs, overwrite=overwrite)
     reader = CheckpointReader(directory)
     plan = _ExportPlan.make(reader.config, str(directory), target, cast(Engine, engine), kv_lora_rank)
-    with atomic_directory(out, overwrite=overwrite, needed_bytes=reader.num_bytes) as staging:
+    with (
+        claim(out, Kind.EXPORTED, inputs, overwrite=overwrite) as claimed,
+        claimed.staging(reader.num_bytes) as staging,
+    ):
         record = _write_export(plan, reader, staging, track)
         copy_side_files(directory, staging)
         write_json(staging / "config.json", plan.config)

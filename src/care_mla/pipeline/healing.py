@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_directory, copy_side_files, resolve_source
+from care_mla.checkpoint import (
+    CheckpointReader,
+    Kind,
+    ShardedWriter,
+    claim,
+    copy_side_files,
+    require_output,
+    resolve_source,
+)
+from care_mla.checkpoint.outputs import Claim, mark, remove, require_apart, require_replaceable
 from care_mla.checkpoint.reader import read_json
-from care_mla.checkpoint.writer import require_writable
 from care_mla.config import HealSettings
 from care_mla.errors import CheckpointError, ConfigError, ConversionError, HealingError
-from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, versions, write_json
+from care_mla.files import copy_file, write_json, write_tensors, writing
+from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, inputs_of, versions
 from care_mla.pipeline.conversion import convert
-from care_mla.pipeline.evaluation import saved_evaluations, write_report
-from care_mla.pipeline.source import require_elsewhere
+from care_mla.pipeline.evaluation import draw_report, saved_evaluations
+from care_mla.pipeline.source import open_source
 from care_mla.progress import Meter, Track, silent, silent_meter
 
 if TYPE_CHECKING:
@@ -32,8 +42,29 @@ if TYPE_CHECKING:
 BLOCKS_FILE = "blocks.safetensors"
 SETTINGS_FILE = "settings.json"
 SCALES_FILE = "scales.safetensors"
+REQUEST_FILE = "request.json"
+"""What `convert_and_heal` was asked for."""
+ONE_SHOT = "one-shot"
+"""Below the directory of a run's state: the conversion that `convert_and_heal` heals."""
+WORK_FILES = (
+    SETTINGS_FILE,
+    BLOCKS_FILE,
+    SCALES_FILE,
+    REQUEST_FILE,
+    METRICS,
+    "step-*",
+    "best*",
+    "bad-batch-*",
+    "teacher-*",
+    f"{ONE_SHOT}/*",
+    f".{ONE_SHOT}.*",
+    ".*.lock",
+)
+"""What may be in the directory of a run's state; with anything else it is not removed."""
 SCALE_BLOCKS = 8
 """Blocks of the training text on which inputs and outputs of the factors are measured (`healing.preconditioning`)."""
+
+_log = logging.getLogger("care_mla")
 
 MeterFactory = Callable[[int, str], AbstractContextManager[Meter]]
 """(total, unit) -> a meter for as long as the context lasts."""
@@ -92,9 +123,51 @@ def heal(
     Raises:
         ConversionError: nothing is left at `out` then; the state for --resume stays.
     """
-    out = Path(out)
-    require_writable(out, overwrite)
+    with ExitStack() as held:
+        return _heal(
+            model,
+            Path(out),
+            held,
+            teacher=teacher,
+            teacher_logits=teacher_logits,
+            log_with=log_with,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            name=name,
+            track=track,
+            meter=meter,
+            settings=settings,
+        )
+
+
+def _heal(
+    model: str | Path,
+    out: Path,
+    held: ExitStack,
+    *,
+    claimed: Claim | None = None,
+    teacher: str | Path | None = None,
+    teacher_logits: str | Path | None = None,
+    log_with: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    name: str | None = None,
+    track: Track = silent,
+    meter: MeterFactory | None = None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """`heal`, its output held on the main process for as long as `held` is open.
+
+    Args:
+        claimed: of a caller that holds the output already.
+    """
     work = healing_directory(out)
+    inputs = inputs_of(source=model, teacher=teacher, text=settings.get("data"))
+    if claimed is None:
+        require_output(out, Kind.HEALED, inputs, overwrite=overwrite)
+        require_apart(work, inputs, option="the run's state")
     started = _started(work) if resume else {"settings": {}, "teacher_name": None}
     chosen: HealSettings = HealSettings.make(**{**started["settings"], **settings})
     _require_settings(chosen)
@@ -102,21 +175,23 @@ def heal(
     from care_mla.healing import full_trained_state, on_main, plain
 
     opened = _open(model, teacher or started["teacher_name"], name)
-    require_elsewhere(out, opened.directory)
-    require_elsewhere(out, opened.teacher.directory)
+    inputs += inputs_of(source=opened.directory, teacher=opened.teacher.directory)
     if chosen.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"--batch-size {chosen.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
     if not accelerator.is_main_process:
         track, meter = silent, None
+    mine = [claimed] if claimed is not None else []
+    if claimed is None:
+        on_main(lambda: mine.append(held.enter_context(claim(out, Kind.HEALED, inputs, overwrite=overwrite))))
     on_main(lambda: _prepare_work(work, chosen, opened, started if resume else None, overwrite=overwrite))
     with _memory_named(chosen):
         try:
             run, distillation, names = _make_run(opened, chosen, accelerator, work, teacher_logits, track)
         except ConversionError:
-            if not resume:  # nothing to go on from
-                on_main(lambda: shutil.rmtree(work))
+            if not resume and claimed is None:  # nothing to go on from
+                on_main(lambda: remove(work))
             raise
         if resume:
             run.resume()
@@ -150,8 +225,8 @@ def heal(
         "healed": best,
         "versions": versions(),
     }
-    on_main(lambda: _write(opened, out, work, distillation.pupil, state, record, overwrite=overwrite))
-    on_main(lambda: shutil.rmtree(work))
+    on_main(lambda: _write(opened, mine[0], work, distillation.pupil, state, record))
+    on_main(lambda: remove(work))
     accelerator.wait_for_everyone()  # a process that leaves early takes the connections of the others with it
     accelerator.end_training()  # and with it the process group
     return record
@@ -184,18 +259,13 @@ def healing_directory(out: str | Path) -> Path:
 
 def kept_after_interrupt(out: str | Path) -> str:
     """How to go on after an interrupted run toward `out`; empty where nothing is kept."""
-    work, one_shot = healing_directory(out), _one_shot_directory(out)
-    again = f"care heal {one_shot} --out {out}"
+    work = healing_directory(out)
     if not work.is_dir():
-        return f"{one_shot} holds the conversion, which {again} heals" if one_shot.is_dir() else ""
-    resume = f"{again} --resume" if one_shot.is_dir() else "--resume"
-    return f"{work} holds the run so far, and {resume} goes on with it"
-
-
-def _one_shot_directory(out: str | Path) -> Path:
-    """Where `convert_and_heal` keeps the conversion until it is healed."""
-    out = Path(out)
-    return out.with_name(f"{out.name}.one-shot")
+        return ""
+    if (work / REQUEST_FILE).is_file():
+        what = "the run" if (work / SETTINGS_FILE).is_file() else "the conversion"
+        return f"{work} holds {what} so far, and the same command goes on with it"
+    return f"{work} holds the run so far, and --resume goes on with it"
 
 
 def convert_and_heal(
@@ -221,32 +291,81 @@ def convert_and_heal(
         The manifest, the healing in it.
 
     Raises:
-        ConversionError: nothing is left at `out` then. Where healing fails, `OUT.one-shot` holds the conversion.
+        ConversionError: nothing is left at `out` then. What is done so far is in `OUT.healing`, and the same call goes on with it.
     """
     out = Path(out)
-    require_writable(out, overwrite)
-    one_shot = _one_shot_directory(out)
+    work = healing_directory(out)
+    text = (conversion.get("calibration") or {}).get("calibration")
+    inputs = inputs_of(source=source, stats=conversion.get("stats"), text=heal_data or text)
+    require_output(out, Kind.HEALED, inputs, overwrite=overwrite)
+    require_apart(work, inputs, option="the run's state")
     # What the last stage would refuse is refused before the first.
     HealSettings.make(tokens=heal_tokens)
     _require_accelerate()
-    _require_no_run(healing_directory(out), overwrite)
     if heal_data is not None:
         _require_text(heal_data)
-    manifest = convert(source, one_shot, overwrite=overwrite, device=device, track=track, **conversion)
-    calibration = manifest["calibration"]["settings"]
-    record = heal(
-        one_shot,
-        out,
-        data=heal_data or calibration["calibration"],
-        field=calibration["field"] if heal_data is None else None,
-        tokens=heal_tokens,
-        overwrite=overwrite,
-        device="cpu" if device == "cpu" else None,
-        track=track,
-        meter=meter,
-    )
-    shutil.rmtree(one_shot)
+    request = {
+        "source": open_source(source).reader.fingerprint,
+        "heal_tokens": heal_tokens,
+        "heal_data": heal_data,
+        "conversion": {key: str(value) if isinstance(value, Path) else value for key, value in conversion.items()},
+    }
+    with ExitStack() as held:
+        claimed = held.enter_context(claim(out, Kind.HEALED, inputs, overwrite=overwrite))
+        one_shot = _one_shot(work, request, overwrite=overwrite)
+        try:
+            if not (one_shot / MANIFEST).is_file():
+                convert(source, one_shot, device=device, track=track, **conversion)
+        except ConversionError:
+            remove(work)
+            raise
+        manifest = read_json(one_shot / MANIFEST)
+        calibration = manifest["calibration"]["settings"]
+        record = _heal(
+            one_shot,
+            out,
+            held,
+            claimed=claimed,
+            resume=(work / SETTINGS_FILE).is_file(),
+            device="cpu" if device == "cpu" else None,
+            name=f"{source}, converted",
+            track=track,
+            meter=meter,
+            settings={
+                "data": heal_data or calibration["calibration"],
+                "field": calibration["field"] if heal_data is None else None,
+                "tokens": heal_tokens,
+            },
+        )
     return {**manifest, "healing": [record]}
+
+
+def _one_shot(work: Path, request: dict[str, Any], *, overwrite: bool) -> Path:
+    """Where the conversion of a request is, or goes; what an earlier call with the same request has done is kept.
+
+    Raises:
+        HealingError: another run is there.
+    """
+    if work.exists():
+        require_replaceable(work, Kind.HEALING, overwrite=True, option="the run's state")
+        path = work / REQUEST_FILE
+        if path.is_file() and read_json(path) == json.loads(json.dumps(request)):
+            _log.warning("going on with what an earlier call left in %s", work)
+            return work / ONE_SHOT
+    _require_no_run(work, overwrite)
+    _make_work(work)
+    write_json(work / REQUEST_FILE, request)
+    return work / ONE_SHOT
+
+
+def _make_work(work: Path) -> None:
+    """A new directory for the state of a run, in place of what was there."""
+    if work.exists():
+        require_replaceable(work, Kind.HEALING, overwrite=True, option="the run's state")
+        remove(work)
+    with writing(work):
+        work.mkdir(parents=True)
+    mark(work, Kind.HEALING, WORK_FILES)
 
 
 def _require_accelerate() -> None:
@@ -263,7 +382,7 @@ def _require_no_run(work: Path, overwrite: bool) -> None:
     Raises:
         HealingError: an unfinished run is there.
     """
-    if work.exists() and not overwrite:
+    if work.exists() and any(work.iterdir()) and not overwrite:
         raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
 
 
@@ -403,9 +522,9 @@ def _prepare_work(
                 f"the run in {work} was started with another {', '.join(changed)}; resume it without that option, or start anew with --overwrite"
             )
         return
-    _require_no_run(work, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if not (work / REQUEST_FILE).is_file():  # else `convert_and_heal` has made it
+        _require_no_run(work, overwrite)
+        _make_work(work)
     write_json(work / SETTINGS_FILE, identity)
 
 
@@ -432,8 +551,7 @@ def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> 
             model=load(opened.teacher.directory) if from_model else None,
             track=track,
         )
-        save_file(blocks.to_tensors(), path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
+        write_tensors(path, blocks.to_tensors())
 
     on_main(collect)
     return Blocks(**load_file(path))
@@ -524,13 +642,11 @@ def _make_run(
 
 def _write(
     opened: _Opened,
-    out: Path,
+    claimed: Claim,
     work: Path,
     pupil: Pupil,
     state: dict[str, Tensor],
     record: dict[str, Any],
-    *,
-    overwrite: bool,
 ) -> None:
     """The model's checkpoint with the trained weights in place of its own, its records and what travels with it.
 
@@ -543,7 +659,7 @@ def _write(
     if pupil.folded:
         rank = opened.reader.config["kv_lora_rank"]
         trained = {name: folded_in(name, tensor, rank) for name, tensor in trained.items()}
-    with atomic_directory(out, overwrite=overwrite, needed_bytes=opened.reader.num_bytes) as staging:
+    with claimed.staging(opened.reader.num_bytes) as staging:
         writer = ShardedWriter(staging)
         for name in opened.reader.names:
             tensor = opened.reader[name]
@@ -552,12 +668,12 @@ def _write(
             raise CheckpointError(f"{opened.directory} has no {min(trained)}, which was trained ({len(trained)} such)")
         writer.finish()
         copy_side_files(opened.directory, staging)
-        shutil.copyfile(opened.directory / "config.json", staging / "config.json")
-        shutil.copyfile(work / METRICS, staging / METRICS)
+        copy_file(opened.directory / "config.json", staging / "config.json")
+        copy_file(work / METRICS, staging / METRICS)
         write_json(staging / HEALING, record)
         if (opened.directory / EXPORT).is_file():
-            shutil.copyfile(opened.directory / EXPORT, staging / EXPORT)
+            copy_file(opened.directory / EXPORT, staging / EXPORT)
         if (opened.directory / MANIFEST).is_file():
             write_json(staging / MANIFEST, {**opened.record, "healing": [*opened.record.get("healing", []), record]})
-            shutil.copyfile(opened.directory / SPECTRA, staging / SPECTRA)
-            write_report(staging)
+            copy_file(opened.directory / SPECTRA, staging / SPECTRA)
+            draw_report(staging)

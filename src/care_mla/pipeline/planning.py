@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
-from care_mla.checkpoint import resolve_source
+from care_mla.checkpoint import resolve_source, scratch
 from care_mla.checkpoint.reader import read_json
 from care_mla.config import Recipe
 from care_mla.errors import ConfigError, RankError
 from care_mla.families import get_family
+from care_mla.files import require_own_file, write_bytes
 from care_mla.geometry import Geometry
 from care_mla.methods import get_method
 from care_mla.pipeline.source import Source, open_source, require_expressible
@@ -147,8 +147,8 @@ def settle(
         return *options[0], {}
     parts: dict[int, dict[str, float]] = {}
     for recipe, budget in options:
-        with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
-            spectra = LayerSpectra(source, statistics, recipe, Path(work), track=track)
+        with scratch() as work:
+            spectra = LayerSpectra(source, statistics, recipe, work, track=track)
             records = layer_records(spectra, rank_plan(spectra, budget, recipe))
         rotation = sum(record["predicted_rotation_loss"] for record in records)
         total = predicted_total(records)
@@ -278,8 +278,8 @@ def plan_ranks(
     forecasts = []
     for _, group in groupby(decided, key=lambda one: _spectra_key(one[0])):
         budgets = list(group)
-        with tempfile.TemporaryDirectory(prefix="care-mla-") as work:
-            spectra = LayerSpectra(opened, store, budgets[0][0], Path(work), track=track)
+        with scratch() as work:
+            spectra = LayerSpectra(opened, store, budgets[0][0], work, track=track)
             for recipe, budget in budgets:
                 plan = rank_plan(spectra, budget, recipe)
                 records = layer_records(spectra, plan)
@@ -304,20 +304,20 @@ def plot_forecasts(source: str | Path, forecasts: Sequence[RankForecast], path: 
     from care_mla.report import figures
 
     geometry = open_source(source).geometry
-    figures.forecast(forecasts, 2 * geometry.kv_width).savefig(require_plot(path))
+    path = require_plot(path)
+    write_bytes(path, figures.drawn(figures.forecast(forecasts, 2 * geometry.kv_width), path.suffix[1:]))
 
 
 def require_plot(path: str | Path) -> Path:
     """A path that a plot can be written to.
 
     Raises:
-        ConfigError
+        ConfigError, CheckpointError: a format that cannot be drawn; a folder that is not there, a file that care did not write.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot {path}: choose a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(f"--plot {path}: {path.resolve().parent} is not a directory")
+    require_own_file(path, "--plot")
     return path
 
 

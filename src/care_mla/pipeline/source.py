@@ -11,7 +11,7 @@ from torch import Tensor
 
 from care_mla.checkpoint import CheckpointReader, resolve_source
 from care_mla.checkpoint.reader import read_json
-from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
+from care_mla.errors import CheckpointError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
@@ -94,9 +94,3 @@ def require_expressible(family: FamilySpec, config: dict[str, Any], layout: Layo
             f"this {family.model_type} model has {', '.join(lost)}, which layout {layout} cannot express{hint}"
             + (f" ({because})" if because else "")
         )
-
-
-def require_elsewhere(out: Path, source: Path) -> None:
-    """Refuse to replace what is read."""
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"--out {out} would replace the source {source}; choose another directory")

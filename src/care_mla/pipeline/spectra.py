@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from care_mla.config import Recipe
 from care_mla.errors import NumericalError
+from care_mla.files import write_tensors
 from care_mla.linalg import Factors, Spectrum, decompose, truncate
 from care_mla.mapping import (
     position_free,
@@ -70,10 +71,7 @@ class LayerSpectra:
                 except NumericalError as error:
                     tokens = int(collected.moments.num_tokens)
                     raise NumericalError(f"layer {layer}, calibrated on {tokens} tokens: {error}") from error
-                save_file(
-                    {"encoder": spectrum.encoder.contiguous(), "decoder": spectrum.decoder.contiguous()},
-                    self._file(layer, block),
-                )
+                write_tensors(self._file(layer, block), {"encoder": spectrum.encoder, "decoder": spectrum.decoder})
                 self.energies[block].append(spectrum.energies)
 
     def _select(self, source: Source, metric: Metric, recipe: Recipe) -> RotarySelection:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from care_mla.checkpoint import atomic_directory
-from care_mla.checkpoint.writer import require_writable
+from care_mla.checkpoint import Kind, claim, require_output
 from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
-from care_mla.pipeline.artifacts import versions
+from care_mla.pipeline.artifacts import inputs_of, versions
 from care_mla.pipeline.source import Source, lost_features, open_source
 from care_mla.progress import Track, silent
 from care_mla.stats import StatisticsStore, StatisticsWriter
@@ -39,11 +38,14 @@ def calibrate(
         ConversionError
     """
     chosen: CalibrationSettings = CalibrationSettings.make(**settings)
-    require_writable(Path(out), overwrite)
+    out = Path(out)
+    inputs = inputs_of(source=source, text=chosen.calibration)
+    require_output(out, Kind.STATISTICS, inputs, overwrite=overwrite)
     opened = open_source(source)
-    with atomic_directory(Path(out), overwrite=overwrite) as staging:
+    inputs += inputs_of(source=opened.directory)
+    with claim(out, Kind.STATISTICS, inputs, overwrite=overwrite) as claimed, claimed.staging() as staging:
         write_statistics(opened, staging, chosen, device=device, dtype=dtype, track=track)
-    return Path(out)
+    return out
 
 
 def write_statistics(

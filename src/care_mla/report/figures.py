@@ -45,6 +45,14 @@ def _svg(draw: Callable[[Axes], None], *, width: float = 7.2, height: float = 2.
     return text[text.index("<svg") :]
 
 
+def drawn(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of kind svg, png or pdf, which says that care drew it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata={"Software" if kind == "png" else "Creator": "care-mla"})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
 def rank_profile(ranks: Sequence[Sequence[int]], blocks: Sequence[str], parity: int) -> str:
     """Latent width by layer, stacked over blocks, against KV parity."""
 

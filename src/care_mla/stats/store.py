@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from care_mla.errors import CalibrationError
+from care_mla.files import write_json, write_tensors
 from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
 from care_mla.stats.normalized import NormalizedStatistics
@@ -71,16 +72,15 @@ class StatisticsWriter:
         self._write(normalized, _normalized_file(self.directory, layer))
 
     def _write(self, sums: Moments | FisherMoments | NormalizedStatistics, path: Path) -> None:
-        save_file({name: t.contiguous().cpu() for name, t in sums.to_tensors().items()}, path)
+        write_tensors(path, sums.to_tensors())
 
     def write_windows(self, windows: dict[str, Tensor]) -> None:
         """The calibration tokens themselves, for the stages that run the text through the model again."""
-        save_file({name: t.contiguous() for name, t in windows.items()}, self.directory / WINDOWS)
+        write_tensors(self.directory / WINDOWS, windows)
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         """Provenance: source fingerprint, corpus, token count, versions. Written last."""
-        text = json.dumps({"format": FORMAT, **metadata}, indent=2, ensure_ascii=False)
-        (self.directory / "stats.json").write_text(text + "\n", encoding="utf-8")
+        write_json(self.directory / "stats.json", {"format": FORMAT, **metadata})
 
 
 class StatisticsStore:
