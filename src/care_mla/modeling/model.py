@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,6 +177,8 @@ def load(
     placed = kwargs.get("device_map") is not None
     if placed and device != "cpu":
         raise ConfigError(f"device {device!r} and device_map both say where the model goes; give one of them")
+    if placed and find_spec("accelerate") is None:
+        raise ConfigError("device_map needs accelerate: pip install 'care-mla[heal]'")
     where = torch.device("cpu") if placed else resolve_device(device, option="device")
     directory = resolve_source(source)
     try:
