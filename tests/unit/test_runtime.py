@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.state  # noqa: F401  (before torch is made to pretend)
 import pytest
 import torch
 from elsewhere import MPS, Elsewhere, send
@@ -20,6 +22,7 @@ from care_mla.config import HealSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families import get_family
 from care_mla.mapping import DenseProjections
+from care_mla.pipeline import healing
 from care_mla.runtime import devices, has_float64, memory_named, resolve_device, resolve_dtype, sums_device
 
 TEXT = {"samples": 4, "seqlen": 32}
@@ -68,6 +71,23 @@ def test_accelerators_by_all_their_names(word: Any, device: str, two_gpus: None)
 def test_accelerators_that_are_not_there(word: Any, says: str, two_gpus: None) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_device(word)
+
+
+def test_several_processes_have_a_device_each(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device cuda:1: each process has a device of its own; name --device cuda"):
+        healing._accelerator("cuda:1", None, tmp_path / "out")
+
+
+def test_accelerate_is_told_the_device_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ACCELERATE_TORCH_DEVICE"
+    for before in (None, "cuda:3"):
+        monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+        with healing._accelerate_on(torch.device("cuda", 1)):
+            assert os.environ[name] == "cuda:1"
+        with healing._accelerate_on(None):
+            assert os.environ.get(name) == before
+        assert os.environ.get(name) == before
 
 
 @pytest.mark.parametrize("word", ["tpu", "meta", "", "cuda:-1", "cuda:0,1", "cpu:1", True, 1.5, torch.device("meta")])

@@ -175,7 +175,7 @@ def load(
     """
     dtype = resolve_dtype(dtype, option="dtype")
     placed = kwargs.get("device_map") is not None
-    if placed and device != "cpu":
+    if placed and str(device) != "cpu":
         raise ConfigError(f"device {device!r} and device_map both say where the model goes; give one of them")
     if placed and find_spec("accelerate") is None:
         raise ConfigError("device_map needs accelerate: pip install 'care-mla[heal]'")
