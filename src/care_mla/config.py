@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from care_mla.errors import ConfigError
 from care_mla.methods import Coupling, Weighting
 from care_mla.ranks.plan import Layout
 from care_mla.rope import RopeMode
+from care_mla.runtime import dtype_name, resolve_dtype, resolve_precision
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(lambda dtype: dtype_name(resolve_dtype(dtype)))
+]
+Precision = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(resolve_precision)]
 QkNorm = Literal["exact", "linear"]
 Trained = Literal["kv", "attention", "all"]
 """Which weights healing trains: the factors of keys and values, whole attentions, or everything."""
@@ -179,7 +183,7 @@ class HealSettings(Settings):
     layerwise: Literal["attention", "hidden"] | None = None
     layerwise_tokens: int = Field(0, ge=0)
     teacher_top_k: int | None = Field(None, ge=1)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     shard: bool = False
     seed: int = 42

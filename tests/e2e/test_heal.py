@@ -559,7 +559,7 @@ REFUSED: dict[str, tuple[list[object], str]] = {
     "deeper teacher": (["--teacher", "DEEPER", "--layerwise", "hidden", "--layerwise-tokens", "1k"], "the teacher 3 of 48"),
     "unlike teacher": (["--teacher", "DEEPER", "--layerwise", "attention", "--layerwise-tokens", "1k"], "--layerwise hidden"),
     "no run to resume": (["--resume"], "holds no run to resume"),
-    "device": (["--device", "tpu"], "--device tpu: cpu or cuda"),
+    "device": (["--device", "tpu"], "--device 'tpu': a device is cpu, cuda"),
     "tracker": (["--log-with", "paper"], "--log-with paper"),
 }  # fmt: skip
 

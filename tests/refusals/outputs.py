@@ -51,7 +51,10 @@ CASES = [
         "would replace the source",
     ),
     Refusal(
-        KIND, "a folder that holds the source", ("calibrate", "SOURCE", "--out", "WORK", OVER), "would replace the source"
+        KIND,
+        "a folder that holds the source",
+        ("calibrate", "SOURCE", "--out", "WORK", OVER),
+        "would replace the source",
     ),
     Refusal(KIND, "a folder in the source", ("fetch", "SOURCE", "SOURCE/copy"), "lies inside the source"),
     Refusal(KIND, "the current directory", ("calibrate", "SOURCE", "--out", ".", OVER), "current directory"),

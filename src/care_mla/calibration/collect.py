@@ -8,13 +8,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from care_mla.calibration.corpus import Batch, TokenWindows
-from care_mla.errors import CalibrationError
+from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import FamilySpec
+from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
 from care_mla.progress import Track, silent
+from care_mla.runtime import is_out_of_memory, sums_device
 from care_mla.stats import CrossMoments, FisherMoments, Moments, NormalizedStatistics
 from care_mla.stats.normalized import with_constant
 
@@ -45,13 +48,17 @@ class _LayerTap:
 
     def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of the module that holds the keys in `rows` of its outputs."""
-        self._keys = _without_bias(output, module)[..., rows]
+        self._keys = _without_bias(inputs[0], output, module, rows)
 
     def on_values(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of the module that holds the values in `rows` of its outputs."""
+        self._update(inputs[0], _without_bias(inputs[0], output, module, rows))
+
+    def _update(self, x: Tensor, values: Tensor) -> None:
+        """Inputs [batch, tokens, D] and values [batch, tokens, n] of the keys that are held."""
         assert self._keys is not None
-        y = torch.cat([self._keys, _without_bias(output, module)[..., rows]], dim=-1).flatten(0, 1)
-        x = inputs[0].flatten(0, 1)
+        y = torch.cat([self._keys, values], dim=-1).flatten(0, 1)
+        x = x.flatten(0, 1)
         self._keys = None
         if self.counted is not None:
             x, y = x[self.counted], y[self.counted]
@@ -63,10 +70,46 @@ class _LayerTap:
             ) from error
 
 
-def _without_bias(output: Tensor, module: nn.Module) -> Tensor:
-    """[batch, tokens, width] outputs of a projection without its bias, or of a norm over heads."""
-    bias: Tensor | None = getattr(module, "bias", None)
-    return (output if bias is None else output - bias).flatten(2)
+@torch.no_grad()
+def _without_bias(inputs: Tensor, output: Tensor, module: nn.Module, rows: slice) -> Tensor:
+    """[batch, tokens, width] of what is in `rows` of the outputs of a projection without its bias, or of a norm over heads.
+
+    A bias is not subtracted from the output: that has been rounded at the bias's size, which may be far above W x. The
+    product of those rows is made anew instead, and rounded at its own size, as in a model without biases.
+    """
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        return linear(inputs, module.weight[rows])
+    return output.detach().flatten(2)[..., rows]
+
+
+def _require_weights(model: PreTrainedModel, family: FamilySpec, projections: Sequence[Projection]) -> None:
+    """Refuse projections that are all zero, which statistics would show as something else.
+
+    Raises:
+        CalibrationError: the tensor is named.
+    """
+    geometry = family.geometry(model.config.to_dict())
+    for layer in range(geometry.num_layers):
+        for projection in projections:
+            name, rows = family.stored(projection, geometry)
+            tensor = f"{family.attention_name(layer)}.{name}.weight"
+            if not bool(model.get_parameter(tensor)[rows].any()):
+                whole = "" if rows.start is None and rows.stop is None else f" in the rows of {projection}"
+                because, instead = ZERO["o" if projection == "o" else "kv"]
+                raise CalibrationError(f"layer {layer}: {tensor} is all zero{whole}: {because}; {instead}")
+
+
+ZERO = {
+    "kv": (
+        "there is nothing to measure or factorize",
+        "the checkpoint is damaged, or the layer was never trained",
+    ),
+    "o": (
+        "no gradient reaches its keys and values, so gradients are all zero there",
+        "use --method care, or mend the checkpoint",
+    ),
+}
+"""By kind of projection: what follows from its weights being zero, and what to do."""
 
 
 @contextmanager
@@ -89,7 +132,8 @@ def _announce(taps: Sequence[_LayerTap], batch: Batch, device: torch.device) -> 
     counted = None if batch.is_full else batch.attention_mask.flatten().bool().to(device)
     weights = batch.token_weight.flatten()
     weights = weights if batch.is_full else weights[batch.attention_mask.flatten().bool()]
-    token_weight = None if bool((weights == 1).all()) else weights.to(device)
+    # Weights are float64, which the model's device may lack.
+    token_weight = None if bool((weights == 1).all()) else weights.to(sums_device(device))
     for tap in taps:
         tap.on_batch(counted, token_weight)
 
@@ -115,10 +159,12 @@ def collect_moments(
         CalibrationError: non-finite activations, with the layer named.
     """
     geometry = family.geometry(model.config.to_dict())
+    _require_weights(model, family, ("k", "v"))
+    device = sums_device(model.device)
     taps = [
         _LayerTap(
             layer,
-            Moments.zeros(2 * geometry.kv_width, geometry.hidden_size, with_inputs=with_inputs, device=model.device),
+            Moments.zeros(2 * geometry.kv_width, geometry.hidden_size, with_inputs=with_inputs, device=device),
         )
         for layer in range(geometry.num_layers)
     ]
@@ -147,20 +193,22 @@ class _FisherTap(_LayerTap):
 
     def on_keys(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
-            super().on_keys(rows, module, inputs, output.detach())
-            self._watch("k", output, rows, module)
+            self._keys = _without_bias(inputs[0], output, module, rows)
+            self._watch("k", output, rows, self._keys)
 
     def on_values(self, rows: slice, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if self.recording:
-            super().on_values(rows, module, (inputs[0].detach(),), output.detach())
-            self._watch("v", output, rows, module)
+            values = _without_bias(inputs[0], output, module, rows)
+            self._update(inputs[0].detach(), values)
+            self._watch("v", output, rows, values)
 
-    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Module) -> None:
+    def _watch(self, name: str, output: Tensor, rows: slice, y: Tensor) -> None:
+        """Wait for the gradient at those rows of a projection's output; y is what they are without the bias."""
         if not output.requires_grad:
             raise CalibrationError(
                 f"layer {self.layer}: this model's forward cuts the gradient; method fisher cannot be used, choose --method care"
             )
-        self._outputs.append(_without_bias(output.detach(), module)[..., rows])
+        self._outputs.append(y)
         output.register_hook(lambda gradient: self._receive(name, gradient.flatten(2)[..., rows]))
 
     def _receive(self, name: str, gradient: Tensor) -> None:
@@ -173,10 +221,15 @@ class _FisherTap(_LayerTap):
                 y, g = y[self.counted], g[self.counted]
             try:
                 self._add(y, g)
-            except CalibrationError as error:
+            except (CalibrationError, NumericalError) as error:
                 raise CalibrationError(
-                    f"layer {self.layer}: {error} at the keys and values; use --method care, or --dtype float32"
+                    f"layer {self.layer}: {error} at the keys and values{self._hint(g)}; use --method care, or --dtype float32"
                 ) from error
+
+    @staticmethod
+    def _hint(g: Tensor) -> str:
+        """Why gradients may be zero or too large, where the precision can be why."""
+        return " (float16 loses gradients below 6e-8 and above 65504)" if g.dtype == torch.float16 else ""
 
     def _add(self, y: Tensor, g: Tensor) -> None:
         """Outputs and their gradients of the tokens that count."""
@@ -191,10 +244,8 @@ class NormalizedKeysTap(_FisherTap):
     """
 
     def __init__(self, layer: int, geometry: Geometry, device: torch.device):
-        outputs, inputs = 2 * geometry.kv_width, geometry.hidden_size
-        super().__init__(
-            layer, Moments.zeros(outputs, inputs, device=device), FisherMoments.zeros(outputs, device=device)
-        )
+        outputs, inputs, sums = 2 * geometry.kv_width, geometry.hidden_size, sums_device(device)
+        super().__init__(layer, Moments.zeros(outputs, inputs, device=sums), FisherMoments.zeros(outputs, device=sums))
 
     def hooks(self, attention: nn.Module, family: FamilySpec, geometry: Geometry) -> list[tuple[nn.Module, Hook]]:
         assert family.k_norm is not None
@@ -216,7 +267,7 @@ class NormalizedTap(NormalizedKeysTap):
         self.with_gradients = with_gradients
         inputs = geometry.hidden_size
         self.queries, self.keys = (
-            CrossMoments.zeros(inputs + 1, width, device=device)
+            CrossMoments.zeros(inputs + 1, width, device=sums_device(device))
             for width in (geometry.num_heads * geometry.head_dim, geometry.kv_width)
         )
         self._normalized: Tensor | None = None
@@ -250,14 +301,14 @@ class NormalizedTap(NormalizedKeysTap):
         if not self.with_gradients:
             self.keys.update(self._inputs, k, weight)
 
-    def _watch(self, name: str, output: Tensor, rows: slice, module: nn.Module) -> None:
+    def _watch(self, name: str, output: Tensor, rows: slice, y: Tensor) -> None:
         if self.with_gradients:
-            super()._watch(name, output, rows, module)
+            super()._watch(name, output, rows, y)
 
     def _add(self, y: Tensor, g: Tensor) -> None:
         super()._add(y, g)
         assert self._inputs is not None
-        norms = g.float().square().sum(1).sqrt()
+        norms = g.to(self.keys.weight.device).float().square().sum(1).sqrt()
         weight = norms if self.token_weight is None else norms * self.token_weight
         self.keys.update(self._inputs, y[:, : y.shape[1] // 2], weight)
         self._inputs = None
@@ -320,12 +371,13 @@ def collect_fisher(
         CalibrationError: non-finite or zero gradients, with the layer named, or a forward that breaks autograd.
     """
     geometry = family.geometry(model.config.to_dict())
-    width = 2 * geometry.kv_width
+    _require_weights(model, family, ("k", "v", "o"))
+    width, device = 2 * geometry.kv_width, sums_device(model.device)
     taps = [
         _FisherTap(
             layer,
-            Moments.zeros(width, geometry.hidden_size, with_inputs=with_inputs, device=model.device),
-            FisherMoments.zeros(width, device=model.device),
+            Moments.zeros(width, geometry.hidden_size, with_inputs=with_inputs, device=device),
+            FisherMoments.zeros(width, device=device),
         )
         for layer in range(geometry.num_layers)
     ]
@@ -383,7 +435,7 @@ def _forward_and_backward(
             try:
                 logits.backward(_sampled_gradient(logits, batch.attention_mask.to(model.device), generator))
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise
                 raise CalibrationError(
                     f"the model's backward pass failed ({str(error).splitlines()[0]}); method fisher cannot be used, choose --method care"

@@ -23,6 +23,7 @@ from care_mla.families import FamilySpec
 from care_mla.families.spec import Projection
 from care_mla.linalg import ridge_refit
 from care_mla.mapping import DenseProjections
+from care_mla.runtime import sums_device
 from care_mla.stats import CrossMoments
 
 
@@ -96,7 +97,7 @@ class Propagation:
         counted = batch.attention_mask.flatten().bool()
         weight = batch.token_weight.flatten()[counted]
         device = self.model.device
-        return _Streams(hidden[0], hidden[0], arguments, counted.to(device), weight.to(device))
+        return _Streams(hidden[0], hidden[0], arguments, counted.to(device), weight.to(sums_device(device)))
 
     @torch.no_grad()
     def refit(self, layer: int, projections: DenseProjections) -> OutputRefit:
@@ -122,8 +123,9 @@ class Propagation:
         attention = self.model.get_submodule(self.family.attention_name(layer))
         o_proj: nn.Linear = getattr(attention, self.family.o_proj)
         targets = [self._advance_original(streams, module, o_proj, layer) for streams in self._streams]
-        moments = CrossMoments.zeros(o_proj.in_features, o_proj.out_features, device=self.model.device)
-        W = o_proj.weight.double()
+        device = sums_device(self.model.device)
+        moments = CrossMoments.zeros(o_proj.in_features, o_proj.out_features, device=device)
+        W = o_proj.weight.to(device).double()
         contexts: list[Tensor] = []
         with _converted(attention, self.family, projections):
             for streams, (target, weight) in zip(self._streams, targets, strict=True):
@@ -131,7 +133,7 @@ class Propagation:
                 moments.update(
                     context.flatten(0, 1)[streams.counted],
                     target.flatten(0, 1)[streams.counted],
-                    weight.flatten()[streams.counted] * streams.token_weight,
+                    weight.flatten()[streams.counted].to(device) * streams.token_weight,
                 )
                 contexts.append(context)
         try:
@@ -139,7 +141,7 @@ class Propagation:
         except NumericalError as error:
             raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
         for streams, context in zip(self._streams, contexts, strict=True):
-            output = linear(context, refitted.to(context.dtype), o_proj.bias)
+            output = linear(context, refitted.to(context.dtype).to(context.device), o_proj.bias)
             # transformers' attentions return their output and their weights
             with _standing_in([attention], lambda *inputs, output=output, **keywords: (output, None)):
                 streams.converted = module(streams.converted, **streams.layer_arguments[layer])
@@ -148,17 +150,21 @@ class Propagation:
     def _advance_original(
         self, streams: _Streams, module: nn.Module, o_proj: nn.Linear, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """Run the original layer; the target of the converted output projection and the weight of each token."""
+        """Run the original layer; the target of the converted output projection and the weight of each token, float32.
+
+        Sums and differences with the streams are not rounded to the model's precision, and a bias is left out of the
+        product rather than subtracted from it.
+        """
         with _watched(o_proj) as seen:
             following = module(streams.original, **streams.layer_arguments[layer])
         original, streams.original = streams.original, following
-        bias = 0.0 if o_proj.bias is None else o_proj.bias
+        output = seen["output"].float()
+        without_bias = output if o_proj.bias is None else linear(seen["input"], o_proj.weight).float()
         if self.family.output_norm:
-            return seen["output"] - bias, 1.0 / seen["output"].float().square().mean(-1)
+            return without_bias, 1.0 / output.square().mean(-1)
         scale = float(getattr(self.model.config, self.family.residual_scale)) if self.family.residual_scale else 1.0
-        after_attention = original + scale * seen["output"]
-        target = (after_attention - streams.converted) / scale - bias
-        return target, 1.0 / after_attention.float().square().mean(-1)
+        target = (original.float() + scale * without_bias - streams.converted.float()) / scale
+        return target, 1.0 / (original.float() + scale * output).square().mean(-1)
 
 
 def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -195,9 +201,10 @@ def _converted(attention: Any, family: FamilySpec, projections: DenseProjections
             setattr(attention, name, replacement)
         for name, rows, weight, bias in stored:
             replacement = getattr(attention, name)
-            replacement.weight[rows] = weight.to(replacement.weight)
+            # To the dtype first: the device may have no float64.
+            replacement.weight[rows] = weight.to(replacement.weight.dtype).to(replacement.weight.device)
             if bias is not None:
-                replacement.bias[rows] = bias.to(replacement.bias)
+                replacement.bias[rows] = bias.to(replacement.bias.dtype).to(replacement.bias.device)
         yield
     finally:
         for name, module in originals.items():

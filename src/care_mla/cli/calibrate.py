@@ -36,7 +36,7 @@ def calibrate(
         bool | None,
         typer.Option("--fisher", help="Also run a backward pass and collect Fisher statistics, for method fisher."),
     ] = None,
-    device: options.Device = "cpu",
+    device: options.Device = None,
     dtype: options.DType = "auto",
     overwrite: options.Overwrite = False,
 ) -> None:

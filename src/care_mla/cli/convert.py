@@ -138,7 +138,7 @@ def convert(
     heal_data: Annotated[
         str | None, typer.Option("--heal-data", help="Text to heal on.  [default: the calibration's]")
     ] = None,
-    device: options.Device = "cpu",
+    device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Convert a checkpoint; writes a loadable model, its manifest and a report."""

@@ -24,7 +24,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option("--reference", help="The unconverted model.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
     field: options.Field = None,
-    device: options.Device = "cpu",
+    device: options.Device = None,
     dtype: options.DType = "auto",
 ) -> None:
     """Perplexity, KL to the reference, and the cache measured on the live cache object."""
@@ -42,7 +42,9 @@ def evaluate(
     )
     if json_out is not None:
         pipeline.write_json(json_out, {"format": "care-mla evaluation 1", **result})
-    console().print(evaluation_table(result, title=f"{model} on {text}, {windows} x {seqlen} tokens"))
+    ran = f"{result['dtype']} on {result['device']}"
+    console().print(evaluation_table(result, title=f"{model} on {text}, {windows} x {seqlen} tokens, {ran}"))
+    options.show_notes(result["notes"])
 
 
 def evaluation_table(result: dict[str, Any], *, title: str) -> Table:

@@ -119,7 +119,7 @@ def heal(
         typer.Option("--log-with", help="Also log to tensorboard, trackio or another tracker that accelerate knows."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state in OUT.healing.")] = False,
-    device: Annotated[str | None, typer.Option("--device", help="cpu.  [default: an accelerator if any]")] = None,
+    device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train a converted model back toward its source; under torchrun or accelerate launch, all processes together."""

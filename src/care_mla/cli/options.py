@@ -17,8 +17,15 @@ from care_mla.files import require_own_file
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")]
-Device = Annotated[str, typer.Option("--device", help="torch device of the forward passes.")]
-DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="Where models run: cpu, cuda, cuda:1, xpu, mps.  [default: the accelerator there is, else cpu]"
+    ),
+]
+DType = Annotated[
+    str, typer.Option("--dtype", help="In which models run: auto (as stored), float32, bfloat16 or float16.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -15,6 +15,7 @@ from care_mla.calibration.corpus import leading_bos, tokenize
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.evaluation.cache import CacheUsage, measure_cache
 from care_mla.progress import Track, silent
+from care_mla.runtime import dtype_name
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,25 @@ class Evaluation:
         return asdict(self)
 
 
+def require_windows(seqlen: int, windows: int) -> None:
+    """
+    Raises:
+        ConfigError: no token would be predicted.
+    """
+    if seqlen < 2:
+        raise ConfigError(f"--seqlen {seqlen} must be at least 2: a window predicts each token from those before it")
+    if windows < 1:
+        raise ConfigError(f"--windows {windows} must be at least 1")
+
+
 def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, *, seqlen: int, windows: int) -> Tensor:
     """The first non-overlapping windows of a text, [windows, seqlen].
 
     Raises:
+        ConfigError: no token would be predicted.
         CalibrationError: text too short.
     """
-    if seqlen < 2 or windows < 1:
-        raise ConfigError(f"--seqlen {seqlen} and --windows {windows} must be at least 2 and 1")
+    require_windows(seqlen, windows)
     bos = leading_bos(tokenizer)
     body = seqlen - (bos is not None)
     tokens = tokenize(tokenizer, text)
@@ -71,7 +83,12 @@ def evaluate_model(
 
     Args:
         reference: the unconverted model, for the loss increase, KL(reference || model) and top-1 agreement.
+
+    Raises:
+        CalibrationError: a loss that is not finite, or tokens that a model has no embedding for.
     """
+    for which in filter(None, (model, reference)):
+        _require_embedded(windows, which)
     loss = reference_loss = kl = agreement = 0.0
     for row in track(windows, "Evaluating", len(windows)):
         ids = row[None]
@@ -85,12 +102,14 @@ def evaluate_model(
             agreement += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
     count = windows.shape[0] * (windows.shape[1] - 1)
     mean = loss / count
-    if not math.isfinite(mean):
-        raise CalibrationError("the model's loss on this text is not finite; try --dtype float32")
+    _require_finite(mean, "the model's loss", model)
+    if reference is not None:
+        _require_finite(reference_loss / count, "the reference's loss", reference)
+        _require_finite(kl / count, "the KL of the two predictions", model)
     compared: dict[str, Any] = {}
     if reference is not None:
         compared = {
-            "reference_perplexity": math.exp(reference_loss / count),
+            "reference_perplexity": _perplexity(reference_loss / count),
             "reference_loss": reference_loss / count,
             "loss_increase": (loss - reference_loss) / count,
             "kl": kl / count,
@@ -98,7 +117,7 @@ def evaluate_model(
             "reference_cache": measure_cache(reference, windows[:1]),
         }
     return Evaluation(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=_perplexity(mean),
         loss=mean,
         num_tokens=count,
         seqlen=windows.shape[1],
@@ -106,3 +125,34 @@ def evaluate_model(
         cache=measure_cache(model, windows[:1]),
         **compared,
     )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _require_embedded(windows: Tensor, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        CalibrationError: the tokenizer has ids beyond the embedding.
+    """
+    size, largest = model.get_input_embeddings().weight.shape[0], int(windows.max())
+    if largest >= size:
+        raise CalibrationError(
+            f"the tokenizer makes token {largest} of this text, and the model has embeddings for {size} tokens; they do not belong together"
+        )
+
+
+def _require_finite(value: float, what: str, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        CalibrationError
+    """
+    if math.isfinite(value):
+        return
+    cure = (
+        "its weights are damaged, or too large to compute with"
+        if model.dtype == torch.float32
+        else f"its weights are damaged, or its activations overflow in {dtype_name(model.dtype)}: try --dtype float32"
+    )
+    raise CalibrationError(f"{what} on this text is not finite; {cure}")

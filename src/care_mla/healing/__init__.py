@@ -2,7 +2,7 @@
 
 from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack, packed_inputs
 from care_mla.healing.distillation import Distillation
-from care_mla.healing.loop import Run, autocast, is_bfloat16, is_out_of_memory, spread
+from care_mla.healing.loop import Run, autocast, is_bfloat16, spread
 from care_mla.healing.preconditioning import parameter_groups, plain, precondition
 from care_mla.healing.state import full_trained_state, is_main, on_main
 from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher, shrink_frozen
@@ -21,7 +21,6 @@ __all__ = [
     "held_out",
     "is_bfloat16",
     "is_main",
-    "is_out_of_memory",
     "key_of",
     "make_pupil",
     "on_main",

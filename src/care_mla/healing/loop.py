@@ -24,6 +24,7 @@ from care_mla.healing.distillation import LOSSES, Distillation, Phase
 from care_mla.healing.state import Progress, RunState, is_main
 from care_mla.healing.teacher import TopProbabilities
 from care_mla.progress import Meter
+from care_mla.runtime import has_bfloat16
 
 SHORTEST_WARMUP = 8
 
@@ -68,18 +69,12 @@ def spread(distillation: Distillation, accelerator: Accelerator, *, shard: bool)
 
 def is_bfloat16(device: torch.device, precision: str) -> bool:
     """Whether products are made in bfloat16: where asked for, or (auto) where the device has them in hardware."""
-    if precision == "auto":
-        return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
-    return precision == "bfloat16"
+    return has_bfloat16(device) if precision == "auto" else precision == "bfloat16"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The precision of products, see `is_bfloat16`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bfloat16(device, precision))
-
-
-def _cpu_has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass
@@ -290,10 +285,3 @@ def _summed(values: Tensor, accelerator: Accelerator) -> Tensor:
 def _step_of(line: str) -> int:
     value = json.loads(line)
     return int(value.get("evaluation", value)["step"])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory is short, on whichever device."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )

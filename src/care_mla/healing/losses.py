@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from care_mla.runtime import has_float64
+
 IGNORED = -100
 """Label of a position that predicts nothing: the last of a document or of a block."""
 CHUNK = 128
@@ -118,7 +120,8 @@ class _Losses(torch.autograd.Function):
         with_ce: bool,
     ) -> Tensor:
         kl_weight, ce_weight = weights
-        sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+        precision = torch.float64 if has_float64(logits.device) else torch.float32
+        sums = torch.zeros(2, dtype=precision, device=logits.device)
         gradient = torch.zeros_like(logits) if logits.requires_grad else None
         for start in range(0, len(logits), CHUNK):
             rows = slice(start, start + CHUNK)

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from care_mla.files import write_tensors
 from care_mla.healing.state import on_main
 from care_mla.healing.student import DOWN_FACTORS, KV_FACTORS
+from care_mla.linalg import symmetric_eigen
 
 SMALLEST = 1e-6
 """Of the variances of a latent, relative to the largest: those below are taken to be so large."""
@@ -90,7 +91,7 @@ def scales(model: nn.Module, run: Callable[[], None]) -> dict[str, Tensor]:
             handle.remove()
     result: dict[str, Tensor] = {}
     for name, (moment, squares, count) in sums.items():
-        variances, Q = torch.linalg.eigh(moment / count)
+        variances, Q = symmetric_eigen(moment / count, name=f"the second moment of the latents of {name}")
         variances = variances.clamp_min(SMALLEST * variances.max().clamp_min(1e-30))
         rms = (squares / count).sqrt()
         if name.rpartition(".")[2] in DOWN_FACTORS:

@@ -3,15 +3,20 @@
 from care_mla.linalg.damping import shrink, shrink_to_isotropic
 from care_mla.linalg.powers import symmetric_power
 from care_mla.linalg.regression import ridge_refit
+from care_mla.linalg.solvers import positive_inverse, solve, symmetric_eigen, symmetric_eigenvalues
 from care_mla.linalg.spectrum import Factors, Spectrum, decompose, truncate
 
 __all__ = [
     "Factors",
     "Spectrum",
     "decompose",
+    "positive_inverse",
     "ridge_refit",
     "shrink",
     "shrink_to_isotropic",
+    "solve",
+    "symmetric_eigen",
+    "symmetric_eigenvalues",
     "symmetric_power",
     "truncate",
 ]

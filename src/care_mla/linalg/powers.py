@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import NumericalError
+from care_mla.linalg.solvers import symmetric_eigen
 
 RELATIVE_CUTOFF = 1e-12
 """Eigenvalues below this share of the largest are rounding noise of float64 moments, not evidence."""
@@ -23,7 +24,7 @@ def symmetric_power(matrix: Float[Tensor, "n n"], exponent: float, *, name: str 
     Raises:
         NumericalError: a negative power of a matrix that is singular to working precision.
     """
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    eigenvalues, vectors = symmetric_eigen((matrix + matrix.T) / 2, name=name)
     cutoff = RELATIVE_CUTOFF * eigenvalues[-1].clamp_min(0.0)
     kept = eigenvalues > cutoff
     if exponent < 0 and not bool(kept.all()):

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import NumericalError
+from care_mla.linalg.solvers import solve
 
 
 def ridge_refit(
@@ -30,5 +31,5 @@ def ridge_refit(
         raise NumericalError("the inputs of the map to fit are all zero or not finite")
     damped = second_moment + ridge * scale * torch.eye(len(second_moment), dtype=W.dtype, device=W.device)
     residual = cross_moment - W @ second_moment
-    change: Tensor = torch.linalg.solve(damped, residual.T).T
+    change = solve(damped, residual.T, name="the second moment of the inputs").T
     return W + change

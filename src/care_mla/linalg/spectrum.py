@@ -13,6 +13,7 @@ from torch import Tensor
 
 from care_mla.errors import NumericalError, RankError
 from care_mla.linalg.powers import symmetric_power
+from care_mla.linalg.solvers import symmetric_eigen
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def decompose(second_moment: Float[Tensor, "n n"], metric: Float[Tensor, "n n"] 
         metric: G, symmetric positive definite; None is the identity (plain squared error of y).
 
     Raises:
-        NumericalError: non-finite moments, or a singular metric.
+        NumericalError: moments that are not finite or all zero, or a singular metric.
 
     Source: CARE Eq. 2-4 in output space: sqrt(C) W = U S V^T has V, S^2 = eigenpairs of W^T C W = E[y y^T]. With a
     metric, the same after the change of variable z = G^{1/2} y.
@@ -76,8 +77,12 @@ def decompose(second_moment: Float[Tensor, "n n"], metric: Float[Tensor, "n n"] 
     if metric is not None:
         half = symmetric_power(metric, 0.5, name="the output metric G")
         whitened = half @ second_moment @ half
-    energies, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
+    energies, vectors = symmetric_eigen((whitened + whitened.T) / 2, name="the second moment of the outputs")
     energies, vectors = energies.flip(0).clamp_min(0.0), vectors.flip(1)
+    if not float(energies[0]) > 0:
+        raise NumericalError(
+            "the outputs to factorize are all zero, as their weights must be: the checkpoint is damaged"
+        )
     if half is None or metric is None:
         return Spectrum(energies, vectors.T.contiguous(), vectors)
     return Spectrum(energies, vectors.T @ half, symmetric_power(metric, -0.5, name="the output metric G") @ vectors)

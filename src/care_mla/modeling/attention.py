@@ -70,8 +70,10 @@ class ConvertedAttention(nn.Module):
             return module
         return nn.Linear(module.in_features, rows.stop, bias=module.bias is not None)
 
-    def _may_absorb(self) -> bool:
-        return self._plain_softmax and self.config._attn_implementation in ("eager", "sdpa") and not self.training
+    def _may_absorb(self, up: nn.Linear) -> bool:
+        """Whether the absorbed path is the same attention; it reads the weight of `up`, which an offloaded module lacks between its calls."""
+        known = self.config._attn_implementation in ("eager", "sdpa")
+        return self._plain_softmax and known and not self.training and not up.weight.is_meta
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs: Any
@@ -93,7 +95,7 @@ class ConvertedAttention(nn.Module):
 
     @staticmethod
     def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax over the last dimension of [b, n_h, q, t], masked or causal."""
+        """Softmax over the last dimension of float32 [b, n_h, q, t], masked or causal."""
         num_queries, lowest = scores.shape[-2], torch.finfo(scores.dtype).min
         if mask is not None:
             scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
@@ -101,7 +103,7 @@ class ConvertedAttention(nn.Module):
             past = scores.shape[-1] - num_queries
             causal = torch.ones(num_queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril(past)
             scores = scores.masked_fill(~causal, lowest)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        return scores.softmax(dim=-1)
 
 
 class LatentAttention(ConvertedAttention):
@@ -156,7 +158,9 @@ class LatentAttention(ConvertedAttention):
         if self.rope_depends_on_length:
             return cache.kept_rotation(new, num_tokens, self.rope_layer_type)
         more = (self.rope_layer_type,) if self.rope_layer_type is not None else ()
-        return cache.rotation(lambda positions: self._rotary(x, positions, *more), num_tokens, self.rope_layer_type)
+        return cache.rotation(
+            lambda positions: self._rotary(x, positions, *more), num_tokens, self.rope_layer_type, x.device
+        )
 
     def forward(
         self,
@@ -179,7 +183,7 @@ class LatentAttention(ConvertedAttention):
 
         num_queries = hidden_states.shape[1]
         absorb = absorbing_is_cheaper(num_queries, self.v_rank, self.num_heads, self.num_kv_heads, self.head_dim)
-        if absorb and self._may_absorb():
+        if absorb and self._may_absorb(self.v_b_proj):
             output, weights = self._absorbed(queries, keys, value_latent, attention_mask), None
         else:
             values = self._heads(self.v_b_proj(value_latent))
@@ -189,19 +193,23 @@ class LatentAttention(ConvertedAttention):
     def _absorbed(self, queries: Tensor, keys: Tensor, value_latent: Tensor, mask: Tensor | None) -> Tensor:
         """Attention in value-latent space; [batch, queries, n_h, d_h].
 
+        In float32 from the queries to the output, as the source's fused attention adds up: scores, weights or contexts
+        that are rounded on the way would make decoding in bfloat16 noisier than the source's.
+
         Shapes: queries [b, n_h, q, d_h], keys [b, g_h, t, d_h], value_latent [b, t, R_v], mask broadcastable to [b, 1, q, t].
         """
         batch, _, num_queries, _ = queries.shape
         grouped = queries.reshape(batch, self.num_kv_heads, -1, self.head_dim)  # the heads of a group share its keys
-        scores = (grouped @ keys.transpose(-1, -2)).view(batch, self.num_heads, num_queries, -1) * self.scaling
-        weights = self._weights(scores, mask)
-        context = weights.view(batch, -1, weights.shape[-1]) @ value_latent  # [b, n_h * q, R_v]
+        scores = grouped.float() @ keys.float().transpose(-1, -2)
+        weights = self._weights(scores.view(batch, self.num_heads, num_queries, -1) * self.scaling, mask)
+        context = weights.view(batch, -1, weights.shape[-1]) @ value_latent.float()  # [b, n_h * q, R_v]
         context = context.view(batch, self.num_kv_heads, -1, self.v_rank)
-        up = self.v_b_proj.weight.view(self.num_kv_heads, self.head_dim, self.v_rank)
+        up = self.v_b_proj.weight.float().view(self.num_kv_heads, self.head_dim, self.v_rank)
         output = context @ up.transpose(-1, -2)
         if self.v_b_proj.bias is not None:
-            output = output + self.v_b_proj.bias.view(self.num_kv_heads, 1, self.head_dim)
-        return output.view(batch, self.num_heads, num_queries, self.head_dim).transpose(1, 2)
+            output = output + self.v_b_proj.bias.float().view(self.num_kv_heads, 1, self.head_dim)
+        output = output.view(batch, self.num_heads, num_queries, self.head_dim).transpose(1, 2)
+        return output.to(queries.dtype)
 
 
 class MlaAttention(ConvertedAttention):
@@ -267,18 +275,10 @@ class MlaAttention(ConvertedAttention):
         latent, rotary_key, scales = cached.split(
             [self.rank, turned.shape[-1], cached.shape[-1] - self.rank - turned.shape[-1]], dim=-1
         )
-        up = self.kv_b_proj.weight.view(self.num_heads, 2 * d, self.rank)
 
         # Per cached token and head: rebuilding costs 2d R, then 2d + 2P for each query; absorbed, 2R + 2P for each query.
-        if num_queries * 2 * self.rank < 2 * d * self.rank + num_queries * 2 * d and self._may_absorb():
-            scores = (free @ up[:, :d]) @ latent[:, None].transpose(-1, -2)
-            scores = scores + rotary @ rotary_key[:, None].transpose(-1, -2)
-            if self.normalized:
-                scores = scores + free @ self._per_head(self.k_constant.view(1, -1, d, 1))
-                scores = scores * self._per_head(scales.transpose(1, 2)[:, :, None])
-            scores = scores * self.scaling
-            context = self._weights(scores, attention_mask) @ latent[:, None]
-            output, weights = (context @ up[:, d:].transpose(-1, -2)).transpose(1, 2), None
+        if num_queries * 2 * self.rank < 2 * d * self.rank + num_queries * 2 * d and self._may_absorb(self.kv_b_proj):
+            output, weights = self._absorbed(free, rotary, latent, rotary_key, scales, attention_mask), None
         else:
             rebuilt = self.kv_b_proj(latent).view(batch, latent.shape[1], self.num_heads, 2 * d).transpose(1, 2)
             position_free, values = rebuilt.split(d, dim=-1)
@@ -291,6 +291,29 @@ class MlaAttention(ConvertedAttention):
             output, weights = self._attend(torch.cat([free, rotary], dim=-1), keys, values, attention_mask, **kwargs)
         return getattr(self, self._o_proj)(output.reshape(batch, num_queries, -1)), weights
 
+    def _absorbed(
+        self,
+        free: Tensor,
+        rotary: Tensor,
+        latent: Tensor,
+        rotary_key: Tensor,
+        scales: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attention in latent space; [batch, queries, n_h, d]. In float32 from the queries to the output.
+
+        Shapes: free [b, n_h, q, d], rotary [b, n_h, q, 2P], latent [b, t, R], rotary_key [b, t, 2P], scales [b, t, g or 0].
+        """
+        d, wide = self.head_dim, latent[:, None].float()
+        up = self.kv_b_proj.weight.float().view(self.num_heads, 2 * d, self.rank)
+        scores = (free.float() @ up[:, :d]) @ wide.transpose(-1, -2)
+        scores = scores + rotary.float() @ rotary_key[:, None].float().transpose(-1, -2)
+        if self.normalized:
+            scores = scores + free.float() @ self._per_head(self.k_constant.float().view(1, -1, d, 1))
+            scores = scores * self._per_head(scales.float().transpose(1, 2)[:, :, None])
+        context = self._weights(scores * self.scaling, mask) @ wide
+        return (context @ up[:, d:].transpose(-1, -2)).transpose(1, 2).to(free.dtype)
+
     def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free [b, n_h, q, d] and rotary [b, n_h, q, 2P] queries, neither turned yet."""
         inputs = self.q_a_proj(hidden_states) if self.low_rank_queries else hidden_states
@@ -298,7 +321,10 @@ class MlaAttention(ConvertedAttention):
         if not self.normalized:
             return heads[..., : self.head_dim], heads[..., self.head_dim :]
         heads = getattr(self, self._q_norm)(heads)
-        maps = self.q_rope.weight.view(self.num_kv_heads, -1, self.head_dim)
+        weight = self.q_rope.weight
+        if weight.is_meta:  # offloaded: only a call brings it, and a call on the identity gives its transpose, exactly
+            weight = self.q_rope(torch.eye(self.head_dim, dtype=heads.dtype, device=heads.device)).T
+        maps = weight.reshape(self.num_kv_heads, -1, self.head_dim)
         return heads, heads @ self._per_head(maps[None]).transpose(-1, -2)
 
     def _key_scales(self, hidden_states: Tensor) -> list[Tensor]:

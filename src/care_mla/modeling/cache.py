@@ -33,7 +33,7 @@ class LatentCache(DynamicCache):
         super().__init__(config=config.get_text_config(decoder=True) if config is not None else None, **kwargs)
         self.positions: Tensor | None = None
         self.kept: dict[str | None, tuple[Tensor, Tensor]] = {}
-        self._rotations: dict[tuple[str | None, int], tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[tuple[str | None, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def append_positions(self, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
         """Remember where the tokens of this forward pass stand, and return it.
@@ -46,7 +46,8 @@ class LatentCache(DynamicCache):
         if position_ids is None:
             position_ids = self.get_seq_length() + torch.arange(num_tokens, device=tokens.device)[None]
         new = position_ids.to(torch.int32).expand(batch_size, -1)
-        self.positions = new if self.positions is None else torch.cat([self.positions, new], dim=1)
+        past = self.positions
+        self.positions = new if past is None else torch.cat([past, new.to(past.device)], dim=1)
         self._rotations.clear()
         return position_ids
 
@@ -57,13 +58,29 @@ class LatentCache(DynamicCache):
         return latents.squeeze(1)
 
     def rotation(
-        self, rotary: Callable[[Tensor], tuple[Tensor, Tensor]], num_tokens: int, layer_type: str | None
+        self,
+        rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
+        num_tokens: int,
+        layer_type: str | None,
+        device: torch.device,
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin [batch, num_tokens, d] of the last `num_tokens` cached tokens, computed once per forward pass."""
+        """cos and sin [batch, num_tokens, d] of the last `num_tokens` cached tokens, computed once per forward pass and device.
+
+        Args:
+            rotary: positions -> cos and sin, where its module lives.
+            device: of the layer that asks; layers of one model may be on several.
+        """
         assert self.positions is not None
-        key = (layer_type, num_tokens)
+        positions = self.positions[:, -num_tokens:]
+        return self._once((layer_type, num_tokens, device), lambda: rotary(positions.to(device)))
+
+    def _once(
+        self, key: tuple[str | None, int, torch.device], make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What `make` gives, on the device of the key; made once per forward pass."""
         if key not in self._rotations:
-            self._rotations[key] = rotary(self.positions[:, -num_tokens:])
+            cos, sin = make()
+            self._rotations[key] = (cos.to(key[-1]), sin.to(key[-1]))
         return self._rotations[key]
 
     def kept_rotation(
@@ -71,18 +88,23 @@ class LatentCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """As `rotation`, where frequencies depend on the length: tokens keep the cos and sin they came with, as turned keys would.
 
+        They are kept where the first layer is, and brought to the others once per forward pass.
+
         Args:
-            new: cos and sin of this pass's tokens, [batch or 1, new tokens, d].
+            new: cos and sin of this pass's tokens, [batch or 1, new tokens, d], on the device of the layer that asks.
         """
         assert self.positions is not None
         batch_size, length = self.positions.shape
         cos, sin = self.kept.get(layer_type, (None, None))
         if cos is None or sin is None or cos.shape[1] < length:  # the first layer of this pass brings them
-            new_cos, new_sin = (part.expand(batch_size, -1, -1) for part in new)
+            new_cos, new_sin = (
+                part.expand(batch_size, -1, -1).to(part.device if cos is None else cos.device) for part in new
+            )
             cos = new_cos if cos is None else torch.cat([cos, new_cos], dim=1)
             sin = new_sin if sin is None else torch.cat([sin, new_sin], dim=1)
             self.kept[layer_type] = (cos, sin)
-        return cos[:, -num_tokens:], sin[:, -num_tokens:]
+        last = cos[:, -num_tokens:], sin[:, -num_tokens:]
+        return self._once((layer_type, num_tokens, new[0].device), lambda: last)
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.positions is not None:
@@ -104,7 +126,7 @@ class LatentCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(lambda positions: positions[indices])
+        self._select(lambda positions: positions[indices.to(positions.device)])
 
     def reset(self) -> None:
         super().reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from care_mla.families import get_family
 from care_mla.modeling.attention import LatentAttention, MlaAttention
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
+from care_mla.runtime import is_out_of_memory, memory_named, resolve_device, resolve_dtype
 
 LANGUAGE_MODEL = "language_model"
 """Attribute of the wrapped source model, and the prefix of its weight names."""
@@ -31,12 +33,14 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012  (transformers' own idiom)
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012  (transformers' own idiom)
 
     def __init__(self, config: CareMlaConfig):
         super().__init__(config)
         family = get_family(config.text_config.to_dict())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        # A device map must not cut through a decoder layer: its parts share a cache, a mask and the residual stream.
+        self._no_split_modules = list(self.language_model._no_split_modules or [])
         rotary = self.language_model.get_submodule(family.rotary)
         for layer_idx, layer in enumerate(self.language_model.get_submodule(family.layers)):
             attention = MlaAttention if config.layout == "mla" else LatentAttention
@@ -150,29 +154,49 @@ AutoModelForCausalLM.register(CareMlaConfig, CareMlaForCausalLM)
 
 
 def load(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", **kwargs: Any
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = "auto",
+    device: str | int | torch.device | None = "cpu",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a converted model, or any source model, for inference. Never runs code from the checkpoint.
 
     Args:
         source: directory or hub id.
-        dtype: a torch dtype, its name, or "auto" (as stored).
+        dtype: a torch dtype, its name, or "auto" (as stored), see `runtime.resolve_dtype`.
+        device: where to, see `runtime.resolve_device`; None is the accelerator there is. With `device_map`, which says it by
+            itself, it must be left out.
+        kwargs: of transformers' `from_pretrained`, e.g. device_map, offload_folder, attn_implementation.
 
     Raises:
+        ConfigError: a dtype or device that is unknown or not there, or more memory needed than there is.
         CheckpointError: unreadable, or weights missing from the checkpoint.
     """
+    dtype = resolve_dtype(dtype, option="dtype")
+    placed = kwargs.get("device_map") is not None
+    if placed and str(device) != "cpu":
+        raise ConfigError(f"device {device!r} and device_map both say where the model goes; give one of them")
+    if placed and find_spec("accelerate") is None:
+        raise ConfigError("device_map needs accelerate: pip install 'care-mla[heal]'")
+    where = torch.device("cpu") if placed else resolve_device(device, option="device")
     directory = resolve_source(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"out of memory while {source} was loaded: use a device with more of it, or a smaller --dtype"
+            ) from error
         raise CheckpointError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing from the checkpoint, the first is {missing[0]}"
         )
-    return model.to(device).eval()
+    if placed:
+        return model.eval()
+    with memory_named(f"{source} was loaded", where, "use --device cpu, or a smaller --dtype"):
+        return model.to(where).eval()

@@ -29,10 +29,14 @@ from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_tota
 from care_mla.pipeline.statistics import open_statistics, write_statistics
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
+from care_mla.runtime import memory_named, resolve_device
 from care_mla.stats import StatisticsStore
 
 if TYPE_CHECKING:
     from care_mla.calibration import Propagation
+
+REFIT_LOWER = "lower --refit-tokens or --seqlen, choose another --device, or use --no-refit"
+"""What takes less memory where the refit runs short."""
 
 
 def convert(
@@ -42,7 +46,7 @@ def convert(
     stats: str | Path | None = None,
     calibration: dict[str, Any] | None = None,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str | int | torch.device | None = None,
     track: Track = silent,
     **recipe: Any,
 ) -> dict[str, Any]:
@@ -53,6 +57,7 @@ def convert(
         out: directory of the converted model; appears whole or not at all.
         stats: STATS directory of `calibrate`; without it, the source is calibrated first as `calibration` says.
         calibration: fields of `CalibrationSettings`.
+        device: of the forward passes, see `runtime.resolve_device`.
         recipe: fields of `Recipe`.
 
     Returns:
@@ -73,6 +78,7 @@ def convert(
         "normalized": chosen.qk_norm == "linear",
     }
     settings: CalibrationSettings = CalibrationSettings.make(**{**needs, **(calibration or {})})
+    where = resolve_device(device)
     out = Path(out)
     inputs = inputs_of(source=source, stats=stats, text=None if stats is not None else settings.calibration)
     require_output(out, Kind.CONVERTED, inputs, overwrite=overwrite)
@@ -89,12 +95,12 @@ def convert(
         _workspace(staging) as work,
     ):
         if statistics is None:
-            write_statistics(opened, work, settings, device=device, dtype="auto", track=track)
+            write_statistics(opened, work, settings, device=where, dtype="auto", track=track)
             statistics = StatisticsStore(work)
         chosen, budget, rotary_widths = settle(opened, statistics, options, track)
         spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
         plan = rank_plan(spectra, budget, chosen)
-        propagation = _propagation(opened, statistics, chosen, device) if chosen.refit else None
+        propagation = _propagation(opened, statistics, chosen, where) if chosen.refit else None
         writer = _CheckpointBuilder(opened, chosen, plan, staging)
         layers = []
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
@@ -117,7 +123,8 @@ def convert(
             else:
                 tensors = converted_tensors(opened, layer, factors, spectra)
             if propagation is not None:
-                refitted = propagation.refit(layer, dense_projections(tensors))
+                with memory_named("output projections were refitted", where, REFIT_LOWER):
+                    refitted = propagation.refit(layer, dense_projections(tensors))
                 tensors["o_proj.weight"] = refitted.weight
                 record["output_error"] = {"before": refitted.error_before, "after": refitted.error_after}
             writer.add_layer(layer, tensors)
@@ -169,12 +176,14 @@ def converted_tensors(
     return tensors
 
 
-def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: str) -> Propagation:
+def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: torch.device) -> Propagation:
     from care_mla.calibration import Propagation, TokenWindows
     from care_mla.modeling import load
 
     windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
-    return Propagation(load(source.directory, device=device), source.family, windows, ridge=recipe.refit_ridge)
+    model = load(source.directory, device=device)
+    with memory_named("the text was read for the refit", device, REFIT_LOWER):
+        return Propagation(model, source.family, windows, ridge=recipe.refit_ridge)
 
 
 @contextmanager

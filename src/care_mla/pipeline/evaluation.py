@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from care_mla.checkpoint import locked, resolve_source
@@ -14,62 +18,139 @@ from care_mla.errors import CheckpointError, ConfigError
 from care_mla.files import write_json, write_text
 from care_mla.pipeline.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA
 from care_mla.progress import Track, silent
+from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
+
+IDENTITY = ("text", "field", "seqlen", "windows", "reference", "dtype", "device")
+"""What makes two evaluations of a model the same one: the later replaces the earlier."""
 
 
 def evaluate(
     model: str | Path,
-    text: str,
+    text: str | Path,
     *,
     reference: str | Path | None = None,
     seqlen: int = 512,
     windows: int = 8,
     field: str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
     track: Track = silent,
 ) -> dict[str, Any]:
     """Evaluate a converted (or any) model on the first windows of a text.
 
-    A converted model keeps the result beside its manifest, for the report.
+    A converted model keeps the result beside its manifest, for the report; not where that is a hub cache or cannot be written.
 
     Args:
         text: a .txt, .json, .jsonl or .parquet file, or a named hub corpus.
         reference: the unconverted model.
+        device, dtype: of the forward passes, see `runtime.resolve_device` and `runtime.resolve_dtype`.
+
+    Returns:
+        What is kept, and `notes`: what the user should know though nothing failed.
 
     Raises:
         ConversionError
     """
     from care_mla.calibration import load_text, load_tokenizer
-    from care_mla.evaluation import evaluate_model, evaluation_windows
+    from care_mla.evaluation import evaluate_model, evaluation_windows, require_windows
     from care_mla.modeling import load
 
+    where, precision = resolve_device(device), resolve_dtype(dtype)
+    require_windows(seqlen, windows)
     directory = resolve_source(model)
+    converted = (directory / MANIFEST).is_file()
+    if converted:
+        saved_evaluations(directory)  # damaged ones are refused before the work
+    tokenizer = load_tokenizer(directory)
+    if reference is not None:
+        _require_same_vocabulary(directory, resolve_source(reference), model, reference)
     rows = evaluation_windows(
-        load_tokenizer(directory), load_text(text, field=field, evaluation=True), seqlen=seqlen, windows=windows
+        tokenizer, load_text(str(text), field=field, evaluation=True), seqlen=seqlen, windows=windows
     )
-    converted = load(directory, dtype=dtype, device=device)
-    original = load(reference, dtype=dtype, device=device) if reference is not None else None
-    if (
-        original is not None
-        and original.config.get_text_config().vocab_size != converted.config.get_text_config().vocab_size
-    ):
+    evaluated = load(directory, dtype=precision, device=where)
+    original = load(reference, dtype=precision, device=where) if reference is not None else None
+    lower = f"lower --seqlen (now {seqlen}), or choose another --device or a smaller --dtype"
+    with memory_named("the model was evaluated", where, lower):
+        measured = evaluate_model(evaluated, rows, reference=original, track=track)
+    result = {
+        "text": str(text),
+        "field": field,
+        "reference": None if reference is None else str(reference),
+        "dtype": dtype_name(evaluated.dtype),
+        "device": where.type,
+        **({} if original is None else {"reference_dtype": dtype_name(original.dtype)}),
+        **measured.to_dict(),
+    }
+    if not converted:
+        return {**result, "notes": []}
+    unkept = _why_not_kept(directory)
+    if unkept is not None:
+        return {**result, "notes": [f"the result is not kept in {directory}: {unkept}"]}
+    with locked(directory):
+        kept = [e for e in saved_evaluations(directory) if not _is_same(e, result)]
+        write_json(directory / EVALUATION, {"evaluations": [*kept, result]})
+        draw_report(directory)
+    return {**result, "notes": []}
+
+
+def _is_same(earlier: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether an evaluation was the same one; those of earlier versions say less, and are compared by what they say."""
+    alike = all(earlier[key] == result[key] for key in IDENTITY if key in earlier)
+    return alike and (earlier["reference_loss"] is None) == (result["reference_loss"] is None)
+
+
+def _why_not_kept(directory: Path) -> str | None:
+    """Why nothing may be written into a converted model; None where it may."""
+    for path in (directory.absolute(), directory.resolve()):
+        parts = path.parts
+        if any(a.startswith("models--") and b in ("snapshots", "blobs") for a, b in pairwise(parts)):
+            return "it is in the cache of the Hugging Face hub, whose files are shared; --json keeps it elsewhere"
+    if not os.access(directory, os.W_OK):
+        return "it cannot be written; --json keeps it elsewhere"
+    return None
+
+
+def _require_same_vocabulary(directory: Path, other: Path, model: str | Path, reference: str | Path) -> None:
+    """Refuse a reference whose tokens are others, before weights are read.
+
+    Raises:
+        ConfigError
+    """
+    from care_mla.calibration import load_tokenizer
+
+    mine, theirs = (_vocabulary(read_json(path / "config.json")) for path in (directory, other))
+    must = "it must be the model that was converted, or one with its tokenizer"
+    if mine != theirs and None not in (mine, theirs):
         raise ConfigError(
-            f"--reference {reference} has another vocabulary than {model}; it must be the model that was converted"
+            f"--reference {reference} has another vocabulary than {model} ({theirs} tokens, not {mine}); {must}"
         )
-    result = {"text": str(text), **evaluate_model(converted, rows, reference=original, track=track).to_dict()}
-    if (directory / MANIFEST).is_file():
-        same = (result["text"], seqlen, windows)
-        with locked(directory):
-            kept = [e for e in saved_evaluations(directory) if (e["text"], e["seqlen"], e["windows"]) != same]
-            write_json(directory / EVALUATION, {"evaluations": [*kept, result]})
-        write_report(directory)
-    return result
+    if not any((other / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return  # weights alone: there is no tokenizer to differ
+    if load_tokenizer(directory).get_vocab() != load_tokenizer(other).get_vocab():
+        raise ConfigError(
+            f"--reference {reference} has another tokenizer than {model}: the same ids mean other tokens there; {must}"
+        )
+
+
+def _vocabulary(config: dict[str, Any]) -> Any:
+    """vocab_size of a config.json, of its text model if there are several; None where it leaves that to the class."""
+    text = config.get("text_config")
+    return (text if isinstance(text, dict) else config).get("vocab_size")
 
 
 def saved_evaluations(directory: Path) -> list[dict[str, Any]]:
-    """What `evaluate` has kept beside the manifest, possibly nothing."""
+    """What `evaluate` has kept beside the manifest, possibly nothing.
+
+    Raises:
+        CheckpointError: damaged.
+    """
     path = directory / EVALUATION
-    evaluations: list[dict[str, Any]] = read_json(path)["evaluations"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    evaluations = read_json(path).get("evaluations")
+    needed = {"text", "seqlen", "windows", "perplexity", "loss", "cache", "reference_loss", "reference_cache"}
+    if not isinstance(evaluations, list) or any(not isinstance(e, dict) or needed - e.keys() for e in evaluations):
+        raise CheckpointError(f"{path} holds no list of evaluations; delete it, and evaluate again what it held")
     return evaluations
 
 
@@ -77,7 +158,7 @@ def write_report(directory: str | Path) -> Path:
     """The self-contained HTML report of a converted model, from its saved artifacts alone.
 
     Raises:
-        CheckpointError: not a converted model.
+        CheckpointError: not a converted model, or its artifacts are damaged.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -94,9 +175,15 @@ def draw_report(directory: Path) -> None:
     from care_mla.report import render_report
 
     metrics = directory / METRICS
+    try:
+        energies = load_file(directory / SPECTRA)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory / SPECTRA} cannot be read ({str(error).strip().splitlines()[0]}); the report needs it: convert again"
+        ) from error
     html = render_report(
         read_json(directory / MANIFEST),
-        load_file(directory / SPECTRA),
+        energies,
         saved_evaluations(directory),
         [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else None,
     )

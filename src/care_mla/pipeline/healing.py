@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import draw_report, saved_evaluations
 from care_mla.pipeline.source import open_source
 from care_mla.progress import Meter, Track, silent, silent_meter
+from care_mla.runtime import is_out_of_memory, resolve_device
 
 if TYPE_CHECKING:
     from care_mla.healing import Blocks, Distillation, Run
@@ -96,7 +98,7 @@ def heal(
     log_with: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    device: str | None = None,
+    device: str | int | torch.device | None = None,
     name: str | None = None,
     track: Track = silent,
     meter: MeterFactory | None = None,
@@ -113,7 +115,7 @@ def heal(
         teacher_logits: directory in which `teacher_top_k` probabilities stay for other runs on the same text; None: `OUT.healing`.
         log_with: a tracker that accelerate knows ("tensorboard", "trackio", ...), beside `METRICS`.
         resume: go on from the state in `OUT.healing`, with the settings that the run was started with.
-        device: "cpu", or None for what accelerate finds.
+        device: see `runtime.resolve_device`; several processes have an accelerator each.
         name: how the record calls the model; None: its path.
         settings: fields of `HealSettings`.
 
@@ -238,11 +240,9 @@ def _memory_named(settings: HealSettings) -> Iterator[None]:
     Raises:
         HealingError: memory is short; what to lower.
     """
-    from care_mla.healing import is_out_of_memory
-
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise HealingError(
@@ -275,7 +275,7 @@ def convert_and_heal(
     heal_tokens: int,
     heal_data: str | None = None,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str | int | torch.device | None = None,
     track: Track = silent,
     meter: MeterFactory | None = None,
     **conversion: Any,
@@ -301,6 +301,7 @@ def convert_and_heal(
     require_apart(work, inputs, option="the run's state")
     # What the last stage would refuse is refused before the first.
     HealSettings.make(tokens=heal_tokens)
+    where = resolve_device(device)
     _require_accelerate()
     if heal_data is not None:
         _require_text(heal_data)
@@ -315,7 +316,7 @@ def convert_and_heal(
         one_shot = _one_shot(work, request, overwrite=overwrite)
         try:
             if not (one_shot / MANIFEST).is_file():
-                convert(source, one_shot, device=device, track=track, **conversion)
+                convert(source, one_shot, device=where, track=track, **conversion)
         except ConversionError:
             remove(work)
             raise
@@ -327,7 +328,7 @@ def convert_and_heal(
             held,
             claimed=claimed,
             resume=(work / SETTINGS_FILE).is_file(),
-            device="cpu" if device == "cpu" else None,
+            device=where,
             name=f"{source}, converted",
             track=track,
             meter=meter,
@@ -399,27 +400,48 @@ def _require_text(data: str) -> None:
             next(stream_documents(part.name))
 
 
-def _accelerator(device: str | None, log_with: str | None, out: Path) -> Any:
+def _accelerator(device: str | int | torch.device | None, log_with: str | None, out: Path) -> Any:
     """
     Raises:
-        ConfigError: accelerate or the tracker is not installed.
+        ConfigError: accelerate or the tracker is not installed, or a device that is not there, or of one process alone.
     """
     _require_accelerate()
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
 
-    if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: cpu or cuda; several devices are for torchrun or accelerate launch")
+    where = resolve_device(device)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone and where.index is not None:
+        raise ConfigError(f"--device {device}: each process has a device of its own; name --device {where.type}")
+    if alone and PartialState._shared_state.get("device", where) != where:
+        # accelerate keeps the device of its first run for as long as the process lives
+        AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        accelerator = Accelerator(
-            cpu=device == "cpu" or not torch.cuda.is_available(),
-            log_with=log_with,
-            project_dir=out.with_name(f"{out.name}.logs"),
-        )
+        with _accelerate_on(where if alone else None):
+            accelerator = Accelerator(
+                cpu=where.type == "cpu",
+                log_with=log_with,
+                project_dir=out.with_name(f"{out.name}.logs"),
+            )
     except ValueError as error:
         raise ConfigError(f"--log-with {log_with}: {error}") from error
     if log_with is not None and not accelerator.log_with:
         raise ConfigError(f"--log-with {log_with} is not installed: pip install {log_with}")
     return accelerator
+
+
+@contextmanager
+def _accelerate_on(device: torch.device | None) -> Iterator[None]:
+    """What accelerate reads to know its device; None: it finds out by itself, as each of several processes must."""
+    name, before = "ACCELERATE_TORCH_DEVICE", os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device is not None:
+        os.environ[name] = str(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            os.environ.pop(name)
+            os.environ.update({} if before is None else {name: before})
 
 
 def _require_settings(settings: HealSettings) -> None:
@@ -528,7 +550,7 @@ def _prepare_work(
     write_json(work / SETTINGS_FILE, identity)
 
 
-def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> Blocks:
+def _text(opened: _Opened, settings: HealSettings, work: Path, device: torch.device, track: Track) -> Blocks:
     """All blocks of the run, held-out ones included; made once, by the main process."""
     from care_mla.calibration import load_tokenizer
     from care_mla.calibration.corpus import SELF, parse_spec
@@ -548,7 +570,7 @@ def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> 
             seqlen=settings.seqlen,
             seed=settings.seed,
             field=settings.field,
-            model=load(opened.teacher.directory) if from_model else None,
+            model=load(opened.teacher.directory, device=device) if from_model else None,
             track=track,
         )
         write_tensors(path, blocks.to_tensors())
@@ -587,7 +609,9 @@ def _make_run(
     )  # fmt: skip
     from care_mla.modeling import load
 
-    train, evaluation = held_out(_text(opened, settings, work, track), settings.eval_blocks, settings.seed)
+    train, evaluation = held_out(
+        _text(opened, settings, work, accelerator.device, track), settings.eval_blocks, settings.seed
+    )
     family, inner = family_of(opened.reader.config)
     pupil = make_pupil(load(opened.directory, dtype=torch.float32), family, inner=inner)
     shared = share_teacher(pupil, opened.reader, opened.teacher, settings.train)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from care_mla.checkpoint import Kind, claim, require_output
 from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import inputs_of, versions
 from care_mla.pipeline.source import Source, lost_features, open_source
 from care_mla.progress import Track, silent
+from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 from care_mla.stats import StatisticsStore, StatisticsWriter
 
 
@@ -19,8 +22,8 @@ def calibrate(
     out: str | Path,
     *,
     overwrite: bool = False,
-    device: str = "cpu",
-    dtype: str = "auto",
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
     track: Track = silent,
     **settings: Any,
 ) -> Path:
@@ -29,6 +32,7 @@ def calibrate(
     Args:
         source: model directory or hub id.
         out: STATS directory.
+        device, dtype: of the forward passes, see `runtime.resolve_device` and `runtime.resolve_dtype`.
         settings: fields of `CalibrationSettings`.
 
     Returns:
@@ -38,18 +42,25 @@ def calibrate(
         ConversionError
     """
     chosen: CalibrationSettings = CalibrationSettings.make(**settings)
+    where, precision = resolve_device(device), resolve_dtype(dtype)
     out = Path(out)
     inputs = inputs_of(source=source, text=chosen.calibration)
     require_output(out, Kind.STATISTICS, inputs, overwrite=overwrite)
     opened = open_source(source)
     inputs += inputs_of(source=opened.directory)
     with claim(out, Kind.STATISTICS, inputs, overwrite=overwrite) as claimed, claimed.staging() as staging:
-        write_statistics(opened, staging, chosen, device=device, dtype=dtype, track=track)
+        write_statistics(opened, staging, chosen, device=where, dtype=precision, track=track)
     return out
 
 
 def write_statistics(
-    source: Source, directory: Path, settings: CalibrationSettings, *, device: str, dtype: str, track: Track
+    source: Source,
+    directory: Path,
+    settings: CalibrationSettings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    track: Track,
 ) -> None:
     from care_mla.calibration import (
         NormalizedKeysTap,
@@ -74,8 +85,10 @@ def write_statistics(
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
     model = load(source.directory, dtype=dtype, device=device)
+    lower = f"lower --batch-size (now {settings.batch_size}) or --seqlen (now {settings.seqlen}), or choose another --device"
     if windows is None:
-        windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
+        with memory_named("text was sampled from the model", device, "lower --seqlen, or choose another --device"):
+            windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
     taps: list[NormalizedKeysTap] = []
     if settings.normalized:
         taps = [*normalized_taps(model, source.family, with_gradients=settings.fisher)]
@@ -84,15 +97,18 @@ def write_statistics(
     options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
-        moments, fisher = collect_fisher(
-            model, source.family, windows, seed=settings.seed, batch_size=max(1, settings.batch_size // 2), **options
-        )
+        half = max(1, settings.batch_size // 2)
+        with memory_named("Fisher statistics were collected", device, f"{lower}, or use --method care"):
+            moments, fisher = collect_fisher(
+                model, source.family, windows, seed=settings.seed, batch_size=half, **options
+            )
         for layer, layer_fisher in enumerate(fisher):
             writer.write_fisher(layer, layer_fisher)
         for layer, tap in enumerate(taps):
             writer.write_normalized_fisher(layer, tap.fisher)
     else:
-        moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
+        with memory_named("moments were collected", device, lower):
+            moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
     for layer, layer_moments in enumerate(moments):
         writer.write_layer(layer, layer_moments)
     for layer, tap in enumerate(taps):
@@ -105,6 +121,8 @@ def write_statistics(
             "source_fingerprint": source.reader.fingerprint,
             "settings": settings.model_dump(),
             "num_tokens": windows.num_tokens,
+            "dtype": dtype_name(model.dtype),
+            "device": device.type,
             "geometry": source.geometry.to_dict(),
             "versions": versions(),
         }

@@ -34,7 +34,8 @@ def render_report(
     environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
     manifest = {"predicted_loss_increase": None, "notes": [], **manifest}  # manifests of earlier versions have neither
     layers = manifest["layers"]
-    measured = evaluations[-1] if evaluations else None
+    compared = [e for e in evaluations if e["reference_loss"] is not None]
+    measured = next(reversed(compared or evaluations), None)
     healings = manifest.get("healing", [])
     curve = None
     if healings and metrics:
@@ -78,11 +79,13 @@ def _before_and_after(healing: dict[str, Any], evaluations: list[dict[str, Any]]
             "perplexity": tuple(exp(loss) for loss in (before["teacher_ce"], before["ce"], after["ce"])),
         }
     ]
-    protocol = ("text", "seqlen", "windows")
-    earlier = {tuple(e[key] for key in protocol): e for e in healing["evaluations_before"]}
+    protocol = ("text", "field", "seqlen", "windows", "dtype", "device")
+    compared = [e for e in healing["evaluations_before"] if e["reference_perplexity"] is not None]
     for new in evaluations:
-        old = earlier.get(tuple(new[key] for key in protocol))
-        if old is None or old["reference_perplexity"] is None or new["reference_perplexity"] is None:
+        # Evaluations of earlier versions say less, and are compared by what both say.
+        same = (e for e in compared if all(e[key] == new[key] for key in protocol if key in e and key in new))
+        old = next(same, None)
+        if old is None or new["reference_perplexity"] is None:
             continue
         rows.append(
             {

@@ -10,6 +10,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from care_mla.errors import RankError
+from care_mla.linalg import symmetric_eigen
 from care_mla.rope.complex import complex_moment, real_map
 from care_mla.rope.turning import distance_weights
 
@@ -61,15 +62,15 @@ def components(
     case (`transmla`: pass the real part).
     """
     if metric is None:
-        energies, vectors = torch.linalg.eigh(second_moment)
+        energies, vectors = symmetric_eigen(second_moment, name="the moment of the rotary keys")
         energies, vectors = energies.flip(-1).clamp_min(0.0), vectors.flip(-1)
         return Components(energies, vectors.mH, vectors)
     mean = metric.diagonal(dim1=-2, dim2=-1).real.mean(-1)
     damped = (1.0 - shrinkage) * metric + shrinkage * torch.diag_embed(mean[:, None].expand(metric.shape[:2]))
-    values, basis = torch.linalg.eigh(damped)
+    values, basis = symmetric_eigen(damped, name="the metric of the rotary keys")
     half = (basis * values.sqrt()[:, None, :]) @ basis.mH
     inverse = (basis * values.rsqrt()[:, None, :]) @ basis.mH
-    energies, vectors = torch.linalg.eigh(half @ second_moment @ half)
+    energies, vectors = symmetric_eigen(half @ second_moment @ half, name="the moment of the rotary keys")
     energies, vectors = energies.flip(-1).clamp_min(0.0), vectors.flip(-1)
     return Components(energies, vectors.mH @ half, inverse @ vectors)
 

@@ -43,9 +43,12 @@ class CrossMoments(MergeableSums):
         targets: Float[Tensor, "tokens n"],
         token_weight: Float[Tensor, "tokens"],
     ) -> None:
-        """Add one batch of tokens; products in the activations' own precision (at least float32), sums in float64."""
+        """Add one batch of tokens; products in the activations' own precision (at least float32), sums in float64.
+
+        Both are made where the sums live: the activations' device may have no float64.
+        """
         precision = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-        a, t, w = inputs.to(precision), targets.to(precision), token_weight.to(precision)
+        a, t, w = (part.to(self.weight.device).to(precision) for part in (inputs, targets, token_weight))
         self.num_tokens += len(a)
         self.weight += w.sum()
         self.input_second += (a * w[:, None]).T @ a

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError
-from care_mla.linalg import shrink_to_isotropic
+from care_mla.linalg import positive_inverse, shrink_to_isotropic, solve, symmetric_eigenvalues
 from care_mla.stats.moments import MergeableSums
 
 RUNNING_SHRINKAGE = 0.02
@@ -70,21 +70,25 @@ class FisherMoments(MergeableSums):
             token_weight: [tokens], positive; None counts every token once.
 
         Raises:
-            CalibrationError: non-finite gradients, or all of them zero.
+            CalibrationError: non-finite gradients, or all of them zero; outputs that are all zero.
         """
         # Batch products in the activations' own precision (at least float32), sums in float64: the sums are a metric whose
         # eigenvalues are damped by percents, and float64 products would cost as much as a forward pass.
         precision = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        y, g = outputs.to(precision), gradients.to(precision)
+        device = self.output_weight.device  # the activations' own may have no float64
+        y, g = outputs.to(device).to(precision), gradients.to(device).to(precision)
         norms = g.square().sum(1).sqrt()
         total = float(norms.sum())
         if not total > 0 or total == float("inf"):
             raise CalibrationError("gradients are all zero" if total == 0 else "non-finite gradients")
-        shrunk = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk)).to(precision)
+        if not float(second_moment.diagonal().sum()) > 0:
+            raise CalibrationError("outputs are all zero")
+        shrunk = shrink_to_isotropic(second_moment.to(device), RUNNING_SHRINKAGE)
+        inverse = positive_inverse(shrunk, name="the second moment of the outputs").to(precision)
         leverage = ((y @ inverse) * y).sum(1)
         if token_weight is not None:
-            norms, leverage = norms * token_weight.to(precision), leverage * token_weight.to(precision)
+            w = token_weight.to(device).to(precision)
+            norms, leverage = norms * w, leverage * w
         self.num_tokens += len(y)
         self.output_weight += norms.sum()
         self.output_sum += norms @ y
@@ -121,7 +125,7 @@ class FisherMoments(MergeableSums):
             second_moment: E[y y^T] of all tokens, not shrunk.
         """
         plain = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
-        leverage: Tensor = torch.linalg.solve(plain, self.second_moment).diagonal().sum()
+        leverage: Tensor = solve(plain, self.second_moment, name="the second moment of the outputs").diagonal().sum()
         return self.gradient_second / (self.num_tokens * leverage)
 
     @property
@@ -130,6 +134,6 @@ class FisherMoments(MergeableSums):
 
         Source: Roy and Vetterli, The effective rank, 2007.
         """
-        eigenvalues = torch.linalg.eigvalsh(self.gradient_second).clamp_min(0.0)
+        eigenvalues = symmetric_eigenvalues(self.gradient_second, name="the Fisher metric G").clamp_min(0.0)
         shares = eigenvalues / eigenvalues.sum()
         return float(torch.special.entr(shares).sum().exp())

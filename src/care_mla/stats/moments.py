@@ -93,16 +93,21 @@ class Moments(MergeableSums):
     ) -> None:
         """Add one batch of tokens. Padding must have been removed, or carry weight 0 (such tokens are not counted).
 
+        Activations are brought to the sums' device as they are and widened there: theirs may have no float64. Nothing is
+        squared in half precision, where 256^2 overflows.
+
         Raises:
             CalibrationError: a non-finite input or output; the sums are then unusable.
         """
-        y = outputs.double()
-        x = inputs.detach()
+        device = self.weight.device
+        y = outputs.detach().to(device).double()
+        x = inputs.detach().to(device)
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if token_weight is None:
-            counted = torch.tensor(float(len(y)), dtype=torch.float64, device=y.device)
+            counted = torch.tensor(float(len(y)), dtype=torch.float64, device=device)
             weight, weighted_y, weighted_x = counted, y, x
         else:
-            w = token_weight.double()
+            w = token_weight.to(device).double()
             counted, weight = (w > 0).sum().double(), w.sum()
             weighted_y, weighted_x = y * w[:, None], x * w[:, None].to(x.dtype)
         self.weight += weight
