@@ -10,6 +10,7 @@ from rich import print as show
 from care_mla import pipeline
 from care_mla.cli import app, options
 from care_mla.progress import rich_track
+from care_mla.stats import StatisticsStore
 
 
 @app.command()
@@ -54,3 +55,4 @@ def calibrate(
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
     show(f"statistics are in {out}")
+    options.show_notes(StatisticsStore(out).notes)

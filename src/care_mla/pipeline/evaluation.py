@@ -38,14 +38,14 @@ def evaluate(
     Raises:
         ConversionError
     """
-    from care_mla.calibration import load_text, load_tokenizer
+    from care_mla.calibration import embedding_rows, joined, load_tokenizer, stream_documents
     from care_mla.evaluation import evaluate_model, evaluation_windows
     from care_mla.modeling import load
 
     directory = resolve_source(model)
-    rows = evaluation_windows(
-        load_tokenizer(directory), load_text(text, field=field, evaluation=True), seqlen=seqlen, windows=windows
-    )
+    tokenizer = load_tokenizer(directory)
+    pieces = joined(stream_documents(text, field=field, evaluation=True, tokenizer=tokenizer))
+    rows = evaluation_windows(tokenizer, pieces, seqlen=seqlen, windows=windows, vocabulary=embedding_rows(directory))
     converted = load(directory, dtype=dtype, device=device)
     original = load(reference, dtype=dtype, device=device) if reference is not None else None
     if (

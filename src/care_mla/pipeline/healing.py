@@ -231,7 +231,7 @@ def convert_and_heal(
     _require_accelerate()
     _require_no_run(healing_directory(out), overwrite)
     if heal_data is not None:
-        _require_text(heal_data)
+        _require_text(heal_data, source)
     manifest = convert(source, one_shot, overwrite=overwrite, device=device, track=track, **conversion)
     calibration = manifest["calibration"]["settings"]
     record = heal(
@@ -267,17 +267,19 @@ def _require_no_run(work: Path, overwrite: bool) -> None:
         raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
 
 
-def _require_text(data: str) -> None:
+def _require_text(data: str, source: str | Path) -> None:
     """The first document of every local corpus of a SPEC can be read; what is on the hub is not asked for.
 
     Raises:
-        ConfigError, CalibrationError
+        ConfigError, CalibrationError, CheckpointError
     """
+    from care_mla.calibration import load_tokenizer
     from care_mla.calibration.corpus import COPY, HUB_CORPORA, SELF, parse_spec, stream_documents
 
+    tokenizer = load_tokenizer(resolve_source(source))
     for part in parse_spec(data):
         if part.name not in (SELF, COPY, *HUB_CORPORA):
-            next(stream_documents(part.name))
+            next(stream_documents(part.name, tokenizer=tokenizer))
 
 
 def _accelerator(device: str | None, log_with: str | None, out: Path) -> Any:
@@ -411,7 +413,7 @@ def _prepare_work(
 
 def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> Blocks:
     """All blocks of the run, held-out ones included; made once, by the main process."""
-    from care_mla.calibration import load_tokenizer
+    from care_mla.calibration import embedding_rows, load_tokenizer
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.healing import Blocks, collect_blocks, on_main
     from care_mla.modeling import load
@@ -430,6 +432,7 @@ def _text(opened: _Opened, settings: HealSettings, work: Path, track: Track) -> 
             seed=settings.seed,
             field=settings.field,
             model=load(opened.teacher.directory) if from_model else None,
+            vocabulary=embedding_rows(opened.directory),
             track=track,
         )
         save_file(blocks.to_tensors(), path.with_suffix(".partial"))

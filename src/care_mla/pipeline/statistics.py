@@ -54,6 +54,7 @@ def write_statistics(
         NormalizedTap,
         collect_fisher,
         collect_moments,
+        embedding_rows,
         load_tokenizer,
         make_windows,
         normalized_keys_taps,
@@ -67,7 +68,8 @@ def write_statistics(
         raise ConfigError(
             f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
         )
-    corpus = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
+    corpus: dict[str, Any] = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
+    corpus["vocabulary"] = embedding_rows(source.directory)
     tokenizer = load_tokenizer(source.directory)
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
@@ -103,6 +105,7 @@ def write_statistics(
             "source_fingerprint": source.reader.fingerprint,
             "settings": settings.model_dump(),
             "num_tokens": windows.num_tokens,
+            "notes": list(windows.notes),
             "geometry": source.geometry.to_dict(),
             "versions": versions(),
         }
