@@ -349,7 +349,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 _require_not_utf16(path, data)
                 data = data.removeprefix(codecs.BOM_UTF8)
             try:
-                line = data.decode("utf-8")
+                line = data.decode("utf-8").rstrip("\r\n")
                 if line.strip():
                     yield f"{path}, line {number}", json.loads(line)
             except UnicodeDecodeError as error:
@@ -360,8 +360,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 ) from error
 
 
-def _json_fault(error: BaseException) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+def _json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON value, without where."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg.removesuffix(" at").removesuffix(" starting")
+    return "a number of too many digits" if isinstance(error, ValueError) else "nested too deeply"
 
 
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
@@ -433,10 +436,10 @@ class _JsonReader:
                 # Either the value goes on beyond what is held, or it is wrong.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - len("-Infinity")
                 if not (cut and self._grow()):
-                    raise self._fault(error.msg, error.pos) from error
+                    raise self._fault(_json_fault(error), error.pos) from error
                 continue
             except (ValueError, RecursionError) as error:
-                raise self._fault(first_line(error), self.at) from error
+                raise self._fault(_json_fault(error), self.at) from error
             if end == len(self.text) and self._grow():  # a number may go on
                 continue
             self.at = end

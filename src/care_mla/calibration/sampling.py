@@ -96,9 +96,10 @@ def _choices(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> Tens
 
 def _why_not_finite(model: PreTrainedModel) -> str:
     """The reason for which a model predicts no token."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    damaged = "the checkpoint is damaged, fetch it again"
+    cause = damaged if dtype == "float32" else f"{dtype} is too narrow for it (try --dtype float32), or {damaged}"
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
-            return f"{name} holds values that are not finite, so the model predicts nothing: the checkpoint is damaged; fetch it again"
-    dtype = str(model.dtype).removeprefix("torch.")
-    cure = "the checkpoint is damaged" if dtype == "float32" else "try --dtype float32"
-    return f"the model predicts nothing: its weights are finite, but its logits are not in {dtype}; {cure}"
+            return f"the model predicts nothing, as {name} is not finite in {dtype}: {cause}"
+    return f"the model predicts nothing, as its logits are not finite in {dtype} though its weights are: {cause}"

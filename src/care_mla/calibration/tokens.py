@@ -21,6 +21,9 @@ OVERLAP = 2048
 AGREEING = 8
 """Tokens in a row that must agree there."""
 
+TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Any of these may be one."""
+
 _Token = tuple[int, int, int]
 """Begin and end in its block, id."""
 
@@ -31,10 +34,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: none there, or one that knows no token.
     """
+    if not any(found for pattern in TOKENIZER_FILES for found in directory.glob(pattern)):
+        raise CheckpointError(
+            f"{directory} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like); put the model's own there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # files of many formats, each of whose readers raises its own types
-        raise CheckpointError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
+        said = " ".join(str(error).split()) or "no reason given"
+        raise CheckpointError(
+            f"{directory} has no usable tokenizer, its files cannot be read: {type(error).__name__}: {said}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there is no vocabulary
         raise CheckpointError(
             f"{directory} has no usable tokenizer: it knows {len(tokenizer)} tokens, all of them special; put the model's tokenizer.json there"

@@ -275,9 +275,12 @@ def _require_text(data: str, source: str | Path) -> None:
     """
     from care_mla.calibration import load_tokenizer
     from care_mla.calibration.corpus import COPY, HUB_CORPORA, SELF, parse_spec, stream_documents
+    from care_mla.calibration.specs import require_distinct
 
+    parts = parse_spec(data)
+    require_distinct(parts, data)
     tokenizer = load_tokenizer(resolve_source(source))
-    for part in parse_spec(data):
+    for part in parts:
         if part.name not in (SELF, COPY, *HUB_CORPORA):
             next(stream_documents(part.name, tokenizer=tokenizer))
 
