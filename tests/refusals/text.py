@@ -238,6 +238,8 @@ CASES = [
         "evaluation needs a text",
     ),
     Refusal(KIND, "an evaluation text that is too short", (*EVALUATE, "--seqlen", "200000"), "lower --windows"),
+    Refusal(KIND, "an empty --text", ("eval", "SOURCE", "--text", ""), "the name of the text is empty"),
+    Refusal(KIND, "a seed of thirty digits", (*CALIBRATE, "--seed", "9" * 30), "--seed"),
     Refusal(KIND, "an empty --calibration", _of(""), "NAME:WEIGHT with a positive weight"),
     Refusal(KIND, "a weight of 0", _of("TEXT:0"), "NAME:WEIGHT with a positive weight"),
     Refusal(KIND, "an infinite weight", _of("TEXT:inf,copy"), "NAME:WEIGHT with a positive weight"),

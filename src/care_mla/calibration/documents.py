@@ -253,6 +253,8 @@ def _file(name: str) -> Path | None:
         CalibrationError: neither, both, or a file of another kind.
     """
     kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+    if not str(name).strip():
+        raise CalibrationError(f"the name of the text is empty; give a file ({kinds}) or {', '.join(HUB_CORPORA)}")
     path = Path(name)
     try:
         path = path.expanduser()

@@ -45,7 +45,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{directory} has no usable tokenizer, its files cannot be read: {type(error).__name__}: {said}"
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there is no vocabulary
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes where there is no vocabulary
         raise CheckpointError(
             f"{directory} has no usable tokenizer: it knows {len(tokenizer)} tokens, all of them special; put the model's tokenizer.json there"
         )
