@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +208,23 @@ def test_streamed_corpora_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None
     read = corpus_reader("c4")
     assert [["".join(document) for document in read()] for _ in range(2)] == [[f"text {i}" for i in range(4)]] * 2
     assert reads == ["train"]
+
+
+def test_tables_are_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row; what fails on the way is one sentence."""
+    path = tmp_path / "t.PARQUET"
+    path.write_bytes(b"PAR1")
+
+    def load_dataset(kind: str, data_files: str, split: str) -> Iterator[dict[str, str]]:
+        assert (kind, data_files, split) == ("parquet", str(path), "train")
+        yield {"text": "one"}
+        raise OverflowError("page 2 is damaged\nand more")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    stream = stream_documents(str(path))
+    assert "".join(next(stream)) == "one"
+    with pytest.raises(CalibrationError, match=r"t\.PARQUET cannot be loaded: page 2 is damaged$"):
+        next(stream)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"t\.PARQUET needs the `datasets` package"):
+        load_documents(str(path))

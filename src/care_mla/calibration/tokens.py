@@ -167,14 +167,14 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _at_white_space(blocks: Iterable[str]) -> Iterator[str]:
-    """Blocks cut anew, before the last white space of each."""
+    """Blocks cut anew, before the last white space of each; at its end where it has none."""
     rest = ""
     for block in blocks:
         text = rest + block
-        end = max(text.rfind(" "), text.rfind("\n"))
-        if end > 0:
-            yield text[:end]
-        rest = text[max(end, 0) :]
+        space = max(text.rfind(" "), text.rfind("\n"))
+        end = space if space > 0 else len(text)
+        yield text[:end]
+        rest = text[end:]
     if rest:
         yield rest
 
