@@ -23,6 +23,8 @@ Trained = Literal["kv", "attention", "all"]
 
 LOW_BUDGET_FROM = 0.65
 """KV saving from which the quadratic model of the loss is trusted less and output projections are refitted (docs/fisher.md)."""
+LARGEST_SEED = 2**40
+"""Generators take 64 bits, and seeds of parts and epochs are made from this one."""
 
 
 class Settings(BaseModel):
@@ -61,7 +63,7 @@ class CalibrationSettings(Settings):
     field: str | None = None
     samples: int = Field(128, ge=1)
     seqlen: int = Field(256, ge=2)
-    seed: int = 42
+    seed: int = Field(42, ge=-LARGEST_SEED, le=LARGEST_SEED)
     batch_size: int = Field(8, ge=1)
     pack: bool = True
     inputs: bool = False
@@ -186,7 +188,7 @@ class HealSettings(Settings):
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     shard: bool = False
-    seed: int = 42
+    seed: int = Field(42, ge=-LARGEST_SEED, le=LARGEST_SEED)
     eval_blocks: int = Field(8, ge=1)
     eval_every: int | None = Field(None, ge=1)
     patience: int = Field(4, ge=0)

@@ -275,3 +275,30 @@ def test_interrupt_leaves_nothing(how: signal.Signals, source: Path, tmp_path: P
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     assert list(work.iterdir()) == []
+
+
+def test_fewer_documents_than_asked_reach_the_user(care: Care, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """In the terminal, in the statistics, and in the manifest of what they made."""
+    source, stats, text = tiny(), tmp_path / "stats", tmp_path / "d.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {i} of ten"}) + "\n" for i in range(10)))
+    options = ["--calibration", text, "--no-pack", "--samples", 16, "--seqlen", 16]
+    said = f"note: {text} gave 10 documents, fewer than the 16 windows asked of it"
+    assert said in care("calibrate", source, "--out", stats, *options)
+    assert "gave 10 documents" in json.loads((stats / "stats.json").read_text())["notes"][0]
+    recipe = ["--method", "svd", "--kv-save", 0.5]
+    assert said in care("convert", source, "--out", tmp_path / "a", "--stats", stats, *recipe)
+    assert said in care("convert", source, "--out", tmp_path / "b", *options, *recipe)
+    assert "gave 10 documents" in (tmp_path / "b" / "care_report.html").read_text()
+
+
+def test_chats_calibrate_evaluate_and_heal(care: Care, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    source, text = tiny(), tmp_path / "chat.JSONL"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho " * 20}]
+    text.write_text((json.dumps({"messages": turns}, ensure_ascii=False) + "\n") * 40)
+    words = ["--kv-save", 0.5, "--method", "svd", "--calibration", text, "--samples", 4, "--seqlen", 32]
+    heal = ["--heal-tokens", 256, "--heal-data", text, "--device", "cpu"]
+    care("convert", source, "--out", tmp_path / "out", *words, *heal)
+    printed = care("eval", tmp_path / "out", "--text", text, "--windows", 2, "--seqlen", 32)
+    assert "perplexity" in printed

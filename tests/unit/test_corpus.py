@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
+from tokenizers.processors import TemplateProcessing
 
 from care_mla.calibration import load_text, make_windows
-from care_mla.calibration.corpus import leading_bos, load_documents, parse_spec, random_windows
+from care_mla.calibration.corpus import leading_bos, load_documents, parse_spec, random_windows, share
 from care_mla.errors import CalibrationError, ConfigError
+from care_mla.healing import collect_blocks
 
 TOKENIZER = byte_tokenizer()
 
@@ -27,10 +29,45 @@ def test_specs() -> None:
     assert _spec("C:\\texts\\a.txt") == [("C:\\texts\\a.txt", 1.0)]
 
 
-@pytest.mark.parametrize("spec", ["", "a,,b", "a:0", "a:-1", ":0.5", "a:nan"])
+def test_files_with_commas_and_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exists is a file, whatever its name looks like."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "c:0.5", "d.txt", "e, f,g.txt", "1:2,3.txt"):
+        Path(name).write_text("text")
+    assert _spec("a,b.txt") == [("a,b.txt", 1.0)]
+    assert _spec("c:0.5") == [("c:0.5", 1.0)]
+    assert _spec("a,b.txt:3,d.txt:1") == [("a,b.txt", 0.75), ("d.txt", 0.25)]
+    assert _spec("d.txt, e, f,g.txt:1,self:2") == [("d.txt", 0.25), ("e, f,g.txt", 0.25), ("self", 0.5)]
+    assert _spec("1:2,3.txt") == [("1:2,3.txt", 1.0)]
+    assert _spec("c:0.5:2,d.txt:2") == [("c:0.5", 0.5), ("d.txt", 0.5)]
+
+
+def test_weights_of_any_size() -> None:
+    assert _spec("a:1e308,b:1e308") == [("a", 0.5), ("b", 0.5)]
+
+
+@pytest.mark.parametrize(
+    "spec", ["", " ", ",", "a,", "a,,b", "a:0", "a:-1", ":0.5", " :1", "a:nan", "a:inf", "a:-inf", "a:1e999"]
+)
 def test_bad_specs(spec: str) -> None:
     with pytest.raises(ConfigError, match="NAME:WEIGHT"):
         parse_spec(spec)
+
+
+def test_a_corpus_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text " * 50)
+    for spec in ("a.txt,a.txt", f"a.txt:2,copy,{tmp_path}/a.txt", "copy,copy:3"):
+        with pytest.raises(ConfigError, match="twice; name it once, with the sum of the weights"):
+            make_windows(spec, TOKENIZER, samples=4, seqlen=8, seed=0)
+
+
+@pytest.mark.parametrize("weights", [[0.97, 0.01, 0.01, 0.01], [0.5, 0.5], [0.9, 0.1], [0.98, 0.005, 0.005, 0.01]])
+def test_shares_add_up(weights: list[float]) -> None:
+    """Also where the smallest get one although their weights are less."""
+    for total in (len(weights), 7, 128):
+        counts = share(total, weights)
+        assert sum(counts) == total and min(counts) >= 1
 
 
 def test_records(tmp_path: Path) -> None:
@@ -135,3 +172,52 @@ def test_copy_says_random_strings_twice() -> None:
     assert body.shape == (3, 17) and mixed.lengths.tolist() == [17] * 3
     assert torch.equal(body[:, :8], body[:, 9:]) and not torch.equal(body[0], body[1])
     assert not set(TOKENIZER.all_special_ids) & set(body.flatten().tolist())
+
+
+def test_fewer_documents_than_asked_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": null}\n{"text": "def"}\n')
+    windows = make_windows(f"{path},copy", TOKENIZER, samples=8, seqlen=6, seed=0, pack=False)
+    assert len(windows) == 6
+    (note,) = windows.notes
+    assert note.startswith(f"{path} gave 2 documents, fewer than the 4 windows asked of it")
+    assert not make_windows(str(path), TOKENIZER, samples=2, seqlen=6, seed=0, pack=False).notes
+
+
+def test_a_bos_that_a_template_wrote_is_not_doubled(tmp_path: Path) -> None:
+    """Documents of chats begin with the BOS that their template writes."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    assert leading_bos(tokenizer) == 0
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "<bos>abc"}\n')
+    windows = make_windows(str(path), tokenizer, samples=1, seqlen=8, seed=0, pack=False)
+    assert windows.lengths.tolist() == [4] and windows.input_ids[0].tolist().count(0) == 1
+    blocks = collect_blocks(str(path), tokenizer, count=1, seqlen=5, seed=0)
+    assert blocks.input_ids[0].tolist().count(0) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sampling_from_damaged_weights(value: float) -> None:
+    """The weight is named, where torch says that probabilities are negative."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = value
+    with pytest.raises(
+        CalibrationError, match=r"layers\.1\.mlp\.down_proj\.weight is not finite in float32: the checkpoint"
+    ):
+        make_windows("self", TOKENIZER, samples=2, seqlen=8, seed=0, model=model)
+
+
+def test_sampling_where_a_dtype_overflows() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("lm_head").weight *= 1e6
+    model = model.to(torch.float16)
+    with pytest.raises(CalibrationError, match=r"lm_head\.weight is not finite in float16: float16 is too narrow"):
+        make_windows("self", TOKENIZER, samples=2, seqlen=8, seed=0, model=model)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("lm_head").weight *= 3e4
+    with pytest.raises(CalibrationError, match="logits are not finite in float16 though its weights are: float16"):
+        make_windows("self", TOKENIZER, samples=2, seqlen=8, seed=0, model=model.to(torch.float16))

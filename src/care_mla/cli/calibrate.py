@@ -11,6 +11,7 @@ from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import say
 from care_mla.progress import rich_track
+from care_mla.stats import StatisticsStore
 
 
 @app.command()
@@ -55,3 +56,4 @@ def calibrate(
     )
     pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
     say(f"statistics are in {out}")
+    options.show_notes(StatisticsStore(out).notes)

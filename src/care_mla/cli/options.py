@@ -35,7 +35,9 @@ Calibration = Annotated[
         "or a mix such as alpaca:0.5,file.jsonl:0.5.  [default: self]",
     ),
 ]
-Field = Annotated[str | None, typer.Option("--field", help="Field of a record that holds the text.")]
+Field = Annotated[
+    str | None, typer.Option("--field", help="Field of a record that holds the text, or the messages of a chat.")
+]
 Samples = Annotated[int | None, typer.Option("--samples", help="Calibration windows.  [default: 128]")]
 Seqlen = Annotated[int | None, typer.Option("--seqlen", help="Tokens in a window.  [default: 256]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the window positions.  [default: 42]")]

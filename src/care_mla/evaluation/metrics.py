@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from care_mla.calibration.corpus import leading_bos, tokenize
+from care_mla.calibration.tokens import first_tokens, leading_bos, require_embedded
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.evaluation.cache import CacheUsage, measure_cache
 from care_mla.progress import Track, silent
@@ -56,23 +57,38 @@ def require_windows(seqlen: int, windows: int) -> None:
         raise ConfigError(f"--windows {windows} must be at least 1")
 
 
-def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, *, seqlen: int, windows: int) -> Tensor:
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str],
+    *,
+    seqlen: int,
+    windows: int,
+    vocabulary: int | None = None,
+) -> Tensor:
     """The first non-overlapping windows of a text, [windows, seqlen].
+
+    Args:
+        text: whole, or in pieces, of which no more are read than the windows need.
+        vocabulary: tokens that the model embeds; None: not checked.
 
     Raises:
         ConfigError: no token would be predicted.
-        CalibrationError: text too short.
+        CalibrationError: text too short, or with tokens that the model does not know.
     """
     require_windows(seqlen, windows)
     bos = leading_bos(tokenizer)
     body = seqlen - (bos is not None)
-    tokens = tokenize(tokenizer, text)
+    tokens, _ = first_tokens(tokenizer, [text] if isinstance(text, str) else text, windows * body)
+    if not len(tokens):
+        raise CalibrationError("the tokenizer makes no token of the evaluation text; give the model its own tokenizer")
     if len(tokens) < windows * body:
         raise CalibrationError(
             f"the evaluation text has {len(tokens)} tokens, {windows} windows of {seqlen} need {windows * body}; lower --windows or --seqlen"
         )
-    rows = tokens[: windows * body].view(windows, body)
-    return rows if bos is None else torch.cat([torch.full((windows, 1), bos), rows], dim=1)
+    rows = tokens.view(windows, body)
+    rows = rows if bos is None else torch.cat([torch.full((windows, 1), bos), rows], dim=1)
+    require_embedded(rows, tokenizer, vocabulary, "the evaluation text")
+    return rows
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def evaluate(
     Raises:
         ConversionError
     """
-    from care_mla.calibration import load_text, load_tokenizer
+    from care_mla.calibration import embedding_rows, joined, load_tokenizer, stream_documents
     from care_mla.evaluation import evaluate_model, evaluation_windows, require_windows
     from care_mla.modeling import load
 
@@ -64,9 +64,8 @@ def evaluate(
     tokenizer = load_tokenizer(directory)
     if reference is not None:
         _require_same_vocabulary(directory, resolve_source(reference), model, reference)
-    rows = evaluation_windows(
-        tokenizer, load_text(str(text), field=field, evaluation=True), seqlen=seqlen, windows=windows
-    )
+    pieces = joined(stream_documents(str(text), field=field, evaluation=True, tokenizer=tokenizer))
+    rows = evaluation_windows(tokenizer, pieces, seqlen=seqlen, windows=windows, vocabulary=embedding_rows(directory))
     evaluated = load(directory, dtype=precision, device=where)
     original = load(reference, dtype=precision, device=where) if reference is not None else None
     lower = f"lower --seqlen (now {seqlen}), or choose another --device or a smaller --dtype"

@@ -154,7 +154,7 @@ def _heal(
     log_with: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    device: str | None = None,
+    device: str | int | torch.device | None = None,
     name: str | None = None,
     track: Track = silent,
     meter: MeterFactory | None = None,
@@ -304,7 +304,7 @@ def convert_and_heal(
     where = resolve_device(device)
     _require_accelerate()
     if heal_data is not None:
-        _require_text(heal_data)
+        _require_text(heal_data, source)
     request = {
         "source": open_source(source).reader.fingerprint,
         "heal_tokens": heal_tokens,
@@ -387,17 +387,22 @@ def _require_no_run(work: Path, overwrite: bool) -> None:
         raise HealingError(f"{work} holds an unfinished run; go on with --resume, or start anew with --overwrite")
 
 
-def _require_text(data: str) -> None:
+def _require_text(data: str, source: str | Path) -> None:
     """The first document of every local corpus of a SPEC can be read; what is on the hub is not asked for.
 
     Raises:
-        ConfigError, CalibrationError
+        ConfigError, CalibrationError, CheckpointError
     """
+    from care_mla.calibration import load_tokenizer
     from care_mla.calibration.corpus import COPY, HUB_CORPORA, SELF, parse_spec, stream_documents
+    from care_mla.calibration.specs import require_distinct
 
-    for part in parse_spec(data):
+    parts = parse_spec(data)
+    require_distinct(parts, data)
+    tokenizer = load_tokenizer(resolve_source(source))
+    for part in parts:
         if part.name not in (SELF, COPY, *HUB_CORPORA):
-            next(stream_documents(part.name))
+            next(stream_documents(part.name, tokenizer=tokenizer))
 
 
 def _accelerator(device: str | int | torch.device | None, log_with: str | None, out: Path) -> Any:
@@ -552,7 +557,7 @@ def _prepare_work(
 
 def _text(opened: _Opened, settings: HealSettings, work: Path, device: torch.device, track: Track) -> Blocks:
     """All blocks of the run, held-out ones included; made once, by the main process."""
-    from care_mla.calibration import load_tokenizer
+    from care_mla.calibration import embedding_rows, load_tokenizer
     from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.healing import Blocks, collect_blocks, on_main
     from care_mla.modeling import load
@@ -571,6 +576,7 @@ def _text(opened: _Opened, settings: HealSettings, work: Path, device: torch.dev
             seed=settings.seed,
             field=settings.field,
             model=load(opened.teacher.directory, device=device) if from_model else None,
+            vocabulary=embedding_rows(opened.directory),
             track=track,
         )
         write_tensors(path, blocks.to_tensors())

@@ -51,7 +51,7 @@ class LayerSpectra:
         self.selections: list[RotarySelection] = []  # [layer], layout mla
         self.frequencies: Tensor | None = None  # [F] angles per position, layout mla
         self.rotation_cost: Tensor | None = None  # [F], layout mla
-        self.notes: list[str] = []  # what the user should know of the statistics
+        self.notes: list[str] = [*statistics.notes]  # what the user should know of the statistics
         self.evidence = Evidence(source, statistics, recipe)
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)

@@ -67,6 +67,7 @@ def write_statistics(
         NormalizedTap,
         collect_fisher,
         collect_moments,
+        embedding_rows,
         load_tokenizer,
         make_windows,
         normalized_keys_taps,
@@ -80,7 +81,8 @@ def write_statistics(
         raise ConfigError(
             f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
         )
-    corpus = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
+    corpus: dict[str, Any] = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
+    corpus["vocabulary"] = embedding_rows(source.directory)
     tokenizer = load_tokenizer(source.directory)
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
@@ -123,6 +125,7 @@ def write_statistics(
             "num_tokens": windows.num_tokens,
             "dtype": dtype_name(model.dtype),
             "device": device.type,
+            "notes": list(windows.notes),
             "geometry": source.geometry.to_dict(),
             "versions": versions(),
         }

@@ -102,6 +102,11 @@ class StatisticsStore:
                 f"{path} has format {self.metadata.get('format')!r}, this version reads {FORMAT!r}; run `care calibrate` again"
             )
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the text; empty in statistics of earlier versions."""
+        return list(self.metadata.get("notes", []))
+
     def layer(self, layer: int) -> Moments:
         """Moments of one layer.
 
