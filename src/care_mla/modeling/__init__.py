@@ -1,6 +1,7 @@
 """The project's own Hugging Face classes. Importing this registers them with AutoConfig and AutoModelForCausalLM."""
 
 from care_mla.modeling.attention import LatentAttention
+from care_mla.modeling.building import require_buildable, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
@@ -20,6 +21,8 @@ __all__ = [
     "gguf_to_directory",
     "load",
     "matching_rotation",
+    "require_buildable",
     "rotary_frequencies",
+    "skeleton",
     "stock_shapes",
 ]

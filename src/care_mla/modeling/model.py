@@ -14,6 +14,7 @@ from care_mla.checkpoint import resolve_source
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
 from care_mla.modeling.attention import LatentAttention, MlaAttention
+from care_mla.modeling.building import rotary_module
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
@@ -112,19 +113,6 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
-
-
-def rotary_module(config: dict[str, Any], path: str | None = None) -> nn.Module:
-    """The rotary embedding that a model of this config.json has, without its weights.
-
-    Args:
-        path: of the module; None asks the family.
-    """
-    text_config = AutoConfig.for_model(**config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text_config)
-    rotary = type(model.get_submodule(path or get_family(config).rotary))
-    return rotary(config=text_config)
 
 
 def rotary_frequencies(config: dict[str, Any]) -> Tensor:
