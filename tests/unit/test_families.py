@@ -73,7 +73,7 @@ def test_installed_packages_bring_families(registry: dict[str, FamilySpec], monk
 
 
 def test_unknown_model_types_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*known: gemma2, .*starcoder2.*docs/families.md"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_neox'.*known: gemma2, .*starcoder2.*docs/families.md"):
         get_family({"model_type": "gpt_neox"})
 
 

@@ -8,6 +8,7 @@ import typer
 from rich import print as show
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 from care_mla.progress import rich_track
 
@@ -16,6 +17,7 @@ from care_mla.progress import rich_track
 def calibrate(
     source: options.Source,
     out: options.Out,
+    revision: options.Revision = None,
     calibration: options.Calibration = None,
     field: options.Field = None,
     samples: options.Samples = None,
@@ -40,6 +42,7 @@ def calibrate(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Collect statistics once; they serve every method and rank."""
+    source = at_revision(source, revision)
     settings = options.given(
         calibration=calibration,
         field=field,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 from care_mla.cli.heal import show_healing
 from care_mla.config import LOW_BUDGET_FROM
@@ -25,6 +26,7 @@ from care_mla.ranks import ALLOCATORS
 def convert(
     source: options.Source,
     out: options.Out,
+    revision: options.Revision = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics of `care calibrate`; otherwise calibrate now.")
     ] = None,
@@ -141,6 +143,7 @@ def convert(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Convert a checkpoint; writes a loadable model, its manifest and a report."""
+    source = at_revision(source, revision)
     recipe: dict[str, Any] = options.given(
         layout=layout,
         method=method,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 from care_mla.progress import rich_track
 
@@ -20,7 +21,8 @@ def evaluate(
     text: Annotated[str, typer.Option("--text", help="Text file, records file, or named corpus.")],
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option("--windows", help="Windows from the beginning of the text.")] = 8,
-    reference: Annotated[str | None, typer.Option("--reference", help="The unconverted model.")] = None,
+    revision: options.Revision = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="The unconverted model; of a hub id NAME@REVISION, too.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
     field: options.Field = None,
     device: options.Device = "cpu",
@@ -28,7 +30,7 @@ def evaluate(
 ) -> None:
     """Perplexity, KL to the reference, and the cache measured on the live cache object."""
     result = pipeline.evaluate(
-        model,
+        at_revision(model, revision),
         text,
         reference=reference,
         seqlen=seqlen,

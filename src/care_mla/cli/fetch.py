@@ -9,6 +9,7 @@ import typer
 from rich import print as show
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 
 
@@ -16,11 +17,13 @@ from care_mla.cli import app, options
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m, a .gguf file, or a hub id.", metavar="NAME")],
     directory: Annotated[Path, typer.Argument(help="Directory to write.", metavar="DIR")],
+    revision: options.Revision = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Put a model into an ordinary Hugging Face directory."""
     from rich.console import Console
 
+    name = at_revision(name, revision)
     with Console().status(f"Fetching {name} ..."):
         pipeline.fetch(name, directory, overwrite=overwrite)
     show(f"{name} is in {directory}")

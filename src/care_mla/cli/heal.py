@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 from care_mla.progress import rich_meter, rich_track
 
@@ -21,6 +22,9 @@ def heal(
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", help="Model directory or hub id.  [default: what the model was converted from]"),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of --teacher; as good as NAME@REVISION.")
     ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Budget, e.g. 64k, 0.25M, 250000.  [default: 64k]")
@@ -122,6 +126,9 @@ def heal(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train a converted model back toward its source; under torchrun or accelerate launch, all processes together."""
+    if revision is not None and teacher is None:
+        raise typer.BadParameter("--revision is of a teacher on the hub; name it with --teacher")
+    teacher = at_revision(teacher, revision) if teacher is not None else None
     settings: dict[str, Any] = options.given(
         tokens=options.count_of(tokens, "--tokens"),
         data=data,

@@ -15,6 +15,9 @@ from rich.markup import escape
 from care_mla.cli import Interrupted
 
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; as good as NAME@REVISION.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")]
 Device = Annotated[str, typer.Option("--device", help="torch device of the forward passes.")]

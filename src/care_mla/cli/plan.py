@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import app, options
 from care_mla.pipeline import RankForecast
 from care_mla.progress import rich_track
@@ -22,6 +23,7 @@ BARS = "▁▂▃▄▅▆▇█"
 @app.command()
 def plan(
     source: options.Source,
+    revision: options.Revision = None,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -48,6 +50,7 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write ranks and predictions here too.")] = None,
 ) -> None:
     """Predicted loss increase and rank profile by budget and recipe; writes no model."""
+    source = at_revision(source, revision)
     shares = options.numbers(kv_save, "--kv-save")
     if method is None and (layout is not None or ranks is not None):
         raise typer.BadParameter("--layout and --ranks choose the recipe together with --method")

@@ -5,7 +5,7 @@ from care_mla.modeling.building import require_buildable, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
-from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
+from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, require_loadable, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "matching_rotation",
     "require_buildable",
+    "require_loadable",
     "rotary_frequencies",
     "skeleton",
     "stock_shapes",

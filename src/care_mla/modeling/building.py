@@ -153,6 +153,11 @@ def _builds(config: dict[str, Any], without: str, build: Callable[[dict[str, Any
     return True
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def last_line(error: BaseException) -> str:
     """What an error of a library says in the end, in one line: strict configs put the field and the type there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from care_mla.checkpoint import resolve_source
+from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
 from care_mla.modeling.attention import LatentAttention, MlaAttention
-from care_mla.modeling.building import rotary_module
+from care_mla.modeling.building import first_line, rotary_module, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 
@@ -35,6 +36,7 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012  (transformers' own idiom)
 
     def __init__(self, config: CareMlaConfig):
+        config.require_consistent()
         super().__init__(config)
         family = get_family(config.text_config.to_dict())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -115,6 +117,17 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
+def require_loadable(directory: Path) -> None:
+    """Refuse a config.json, of a source, a converted or an exported model, of which transformers makes no causal model.
+
+    Takes a tenth of a second: nothing is allocated.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the entries that stand in the way.
+    """
+    skeleton(read_json(directory / "config.json"))
+
+
 def rotary_frequencies(config: dict[str, Any]) -> Tensor:
     """Angles per position of a source's rotary pairs [F], as its own rotary module computes them (scaling included).
 
@@ -150,14 +163,15 @@ def load(
         CheckpointError: unreadable, or weights missing from the checkpoint.
     """
     directory = resolve_source(source)
+    require_loadable(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CheckpointError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever transformers runs into: a directory that it cannot read
+        raise CheckpointError(f"{source} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(

@@ -40,9 +40,10 @@ def evaluate(
     """
     from care_mla.calibration import load_text, load_tokenizer
     from care_mla.evaluation import evaluate_model, evaluation_windows
-    from care_mla.modeling import load
+    from care_mla.modeling import load, require_loadable
 
     directory = resolve_source(model)
+    require_loadable(directory)  # before its tokenizer, which reads config.json too
     rows = evaluation_windows(
         load_tokenizer(directory), load_text(text, field=field, evaluation=True), seqlen=seqlen, windows=windows
     )

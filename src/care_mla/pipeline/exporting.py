@@ -92,12 +92,13 @@ class _ExportPlan:
     def make(
         cls, config: dict[str, Any], name: str, target: str, engine: Engine, kv_lora_rank: int | None
     ) -> _ExportPlan:
-        from care_mla.modeling import complete_config, matching_rotation
+        from care_mla.modeling import complete_config, matching_rotation, skeleton
 
         if config.get("layout") != "mla":
             raise CheckpointError(
                 f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
             )
+        skeleton(config)  # what follows reads entries that fit each other
         source = complete_config(config["text_config"])
         family = get_family(source)
         geometry = family.geometry(source)

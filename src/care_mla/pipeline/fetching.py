@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from care_mla.checkpoint import atomic_directory, resolve_source
+from care_mla.checkpoint.source import model_files
 from care_mla.checkpoint.writer import require_writable
 from care_mla.errors import CheckpointError
 
@@ -33,11 +34,13 @@ def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
         )
         return
     directory = resolve_source(name)
-    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    files = model_files(directory)
+    size = sum(path.stat().st_size for path in files)
     with atomic_directory(out, overwrite=overwrite, needed_bytes=size) as staging:
-        shutil.copytree(
-            directory, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.py")
-        )
+        for path in files:
+            target = staging / path.relative_to(directory)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _known_file(name: str) -> Path:
