@@ -81,7 +81,6 @@ def require_buildable(config: dict[str, Any]) -> None:
             f"config.json: {differing[0]} reads as {read.to_dict()[differing[0]]}, and transformers builds {loaded.to_dict()[differing[0]]}; "
             "write head counts, hidden_size and head_dim out"
         )
-    skeleton(config)
     _named(config, lambda entries: _run_attention(entries, family))
 
 
@@ -139,10 +138,18 @@ def _named(config: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> An
 
 
 def _why(config: dict[str, Any], build: Callable[[dict[str, Any]], Any], error: Exception) -> str:
-    reason = f"{type(error).__name__}: {last_line(error)}"
-    entries = [found(name, config[name]) for name in config if name not in NEEDED and _builds(config, name, build)]
+    reason = f"{type(error).__name__}: {_says(error)}"
+    small = _of_one_layer(config)  # many layers take long to build, and fail as one does
+    searched = config if _builds(small, "", build) else small
+    entries = [found(name, config[name]) for name in config if name not in NEEDED and _builds(searched, name, build)]
     given = f"with {' or '.join(entries[:3])}, " if entries else ""
     return f"config.json: {given}transformers {transformers.__version__} builds no {config['model_type']} model ({reason})"
+
+
+def _of_one_layer(config: dict[str, Any]) -> dict[str, Any]:
+    layers = config.get("num_hidden_layers")
+    cut = {name: value[:1] for name, value in config.items() if isinstance(value, list) and len(value) == layers}
+    return {**config, **cut, **({} if layers is None else {"num_hidden_layers": 1})}
 
 
 def _builds(config: dict[str, Any], without: str, build: Callable[[dict[str, Any]], Any]) -> bool:
@@ -158,10 +165,9 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def last_line(error: BaseException) -> str:
-    """What an error of a library says in the end, in one line: strict configs put the field and the type there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return "no reason given"
-    last = lines[-1].removeprefix("TypeError: ").removeprefix("ValueError: ").partition(". Errors: ")[0]
-    return last if len(last) <= 240 else f"{last[:237]}..."
+def _says(error: Exception) -> str:
+    """What an error says, in one line: strict configs name the field below a heading, which ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    said = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    said = said.removeprefix("TypeError: ").removeprefix("ValueError: ").partition(". Errors: ")[0]
+    return said if len(said) <= 240 else f"{said[:237]}..."

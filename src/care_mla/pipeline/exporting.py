@@ -13,6 +13,7 @@ from care_mla.checkpoint import CheckpointReader, ShardedWriter, atomic_director
 from care_mla.checkpoint.writer import require_writable
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
+from care_mla.families.entries import malformed
 from care_mla.geometry import Geometry
 from care_mla.mapping.deepseek import (
     EMBEDDING,
@@ -99,6 +100,9 @@ class _ExportPlan:
                 f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
             )
         skeleton(config)  # what follows reads entries that fit each other
+        config = complete_config(config)
+        if config["dtype"] is None:
+            raise malformed("dtype", None, "the dtype of the weights")
         source = complete_config(config["text_config"])
         family = get_family(source)
         geometry = family.geometry(source)
