@@ -130,7 +130,10 @@ def _longrope(entries: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     [
         ({}, _entries()),
         ({"tie_word_embeddings": True}, lambda entries, tensors: tensors.pop("output.weight")),
-        (_rope({"rope_type": "linear", "factor": 4.0}), _entries(rope__scaling__type="linear", rope__scaling__factor=4.0)),
+        (
+            _rope({"rope_type": "linear", "factor": 4.0}),
+            _entries(rope__scaling__type="linear", rope__scaling__factor=4.0),
+        ),
         (_rope({"rope_type": "linear", "factor": 4.0}), _entries(rope__scale_linear=4.0)),
         (
             _rope({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}),
@@ -179,8 +182,14 @@ def _other_llama3(entries: dict[str, Any], tensors: dict[str, np.ndarray]) -> No
         (_add("blk.0.attn_k.scale", 1), "blk.0.attn_k.scale would be lost"),
         (_other_llama3, "rope_freqs.weight would be lost: its factors are not those of Llama 3"),
         (_add("rope_factors_long.weight", 8), "its counterpart is missing"),
-        (_entries(rope__scaling__type="dynamic", rope__scaling__factor=2.0), "rope.scaling.type = dynamic would be lost"),
-        (_entries(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=0.5), "attn_factor"),
+        (
+            _entries(rope__scaling__type="dynamic", rope__scaling__factor=2.0),
+            "rope.scaling.type = dynamic would be lost",
+        ),
+        (
+            _entries(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=0.5),
+            "attn_factor",
+        ),
         (_entries(rope__dimension_count=8, attention__key_length=16), "would be lost"),
         (_entries(attention__scale=0.5), "llama.attention.scale = 0.5 would be lost"),
         (_entries(attention__causal=False, attn_logit_softcapping=30.0), "attn_logit_softcapping = 30.0 would be lost"),

@@ -28,7 +28,9 @@ def model_files(directory: Path) -> list[Path]:
     Raises:
         CheckpointError: a damaged index.
     """
-    names = [path.relative_to(directory).as_posix() for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*"))]
+    names = [
+        path.relative_to(directory).as_posix() for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*"))
+    ]
     weights = [WEIGHTS] if (directory / WEIGHTS).is_file() else [INDEX, *shards(directory)]
     chosen = [directory / name for name in sorted({*filter(is_side_file, names), *weights})]
     return [path for path in chosen if path.is_file()]
@@ -120,7 +122,7 @@ def _path(source: str | Path) -> Path:
 
 
 def _kind(path: Path) -> str | None:
-    """"directory", "file", or None where nothing is.
+    """ "directory", "file", or None where nothing is.
 
     Raises:
         CheckpointError: it cannot be told.
@@ -153,7 +155,9 @@ def _download(repository: str, revision: str | None, *, config_only: bool) -> Pa
     try:
         directory = get([CONFIG] if config_only else [*SIDE_FILES], revision, ["*/*", *NOT_SIDE_FILES])
         if not (directory / CONFIG).is_file():
-            raise CheckpointError(f"{repository} has no config.json on the Hugging Face hub; it is no model of transformers")
+            raise CheckpointError(
+                f"{repository} has no config.json on the Hugging Face hub; it is no model of transformers"
+            )
         if not config_only:
             at = directory.name  # the commit: a branch may move between two downloads
             get([f"{TEMPLATES}/*.jinja"], at)
@@ -172,13 +176,13 @@ def _hub_reason(repository: str, revision: str | None, error: Exception) -> str:
 
     name = repository if revision is None else f"{repository}@{revision}"
     if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: accept its terms on https://huggingface.co/{repository}, and log in with `hf auth login`"
+        return (
+            f"{name} is gated: accept its terms on https://huggingface.co/{repository}, and log in with `hf auth login`"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository} has no revision {revision or 'main'!r} on the Hugging Face hub"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{name} is neither a local directory nor a model on the Hugging Face hub; a private one needs `hf auth login`"
-        )
+        return f"{name} is neither a local directory nor a model on the Hugging Face hub; a private one needs `hf auth login`"
     if isinstance(error, errors.HFValidationError):
         return f"{name} is neither a local directory nor a hub id such as org/name"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):

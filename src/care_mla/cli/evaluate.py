@@ -22,7 +22,9 @@ def evaluate(
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option("--windows", help="Windows from the beginning of the text.")] = 8,
     revision: options.Revision = None,
-    reference: Annotated[str | None, typer.Option("--reference", help="The unconverted model; of a hub id NAME@REVISION, too.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The unconverted model; of a hub id NAME@REVISION, too.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
     field: options.Field = None,
     device: options.Device = "cpu",

@@ -83,7 +83,11 @@ def check_identity(config: Mapping[str, Any]) -> None:
 
 
 def check_entries(
-    config: Mapping[str, Any], *, flags: tuple[str, ...] = (), counts: tuple[str, ...] = (), rope_flags: str | None = None
+    config: Mapping[str, Any],
+    *,
+    flags: tuple[str, ...] = (),
+    counts: tuple[str, ...] = (),
+    rope_flags: str | None = None,
 ) -> None:
     """The entries that all families share, and those that a family names.
 
@@ -156,7 +160,7 @@ def _check_rope(config: Mapping[str, Any], name: str) -> None:
     if rope is None:
         return
     if not isinstance(rope, dict):
-        raise malformed(name, rope, "an object such as {\"rope_type\": \"default\"}, or null")
+        raise malformed(name, rope, 'an object such as {"rope_type": "default"}, or null')
     by_type = any(isinstance(value, dict) for value in rope.values())
     for where, part in [(f"{name}.{key}", value) for key, value in rope.items()] if by_type else [(name, rope)]:
         if not isinstance(part, dict):

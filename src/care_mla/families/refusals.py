@@ -46,13 +46,48 @@ HYBRID = (
     "zamba",
     "zamba2",
 )
-HYBRID_ENTRIES = ("hybrid_override_pattern", "mamba_num_heads", "mamba_d_state", "linear_num_value_heads", "attn_layer_period")
+HYBRID_ENTRIES = (
+    "hybrid_override_pattern",
+    "mamba_num_heads",
+    "mamba_d_state",
+    "linear_num_value_heads",
+    "attn_layer_period",
+)
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent", "lightning_attention")
 """Beginnings of words in `layer_types` and its older names."""
 
-ENCODERS = ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "eurobert", "modernbert", "mpnet")
-ENCODERS += ("nomic_bert", "new", "roberta", "xlm-roberta", "vit", "clip", "siglip")
-SEQUENCE_TO_SEQUENCE = ("t5", "mt5", "umt5", "longt5", "t5gemma", "bart", "mbart", "pegasus", "marian", "m2m_100", "whisper", "led")
+ENCODERS = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "eurobert",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+    "vit",
+    "clip",
+    "siglip",
+)
+SEQUENCE_TO_SEQUENCE = (
+    "t5",
+    "mt5",
+    "umt5",
+    "longt5",
+    "t5gemma",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+    "m2m_100",
+    "whisper",
+    "led",
+)
 
 
 def why_not(config: Mapping[str, Any]) -> str:
@@ -63,7 +98,9 @@ def why_not(config: Mapping[str, Any]) -> str:
     """
     model_type, inner = config["model_type"], next((name for name in INNER if isinstance(config.get(name), dict)), None)
     if inner is not None:
-        return f"wraps a text model ({inner}) and more, and a conversion takes text models alone{_inside(config[inner])}"
+        return (
+            f"wraps a text model ({inner}) and more, and a conversion takes text models alone{_inside(config[inner])}"
+        )
     if model_type in WRAPPERS or any(config.get(name) for name in OTHER_SENSES):
         return "reads more than text, and a conversion takes text models alone"
     if model_type in LATENT or config.get("kv_lora_rank"):

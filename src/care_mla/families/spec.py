@@ -119,7 +119,9 @@ class FamilySpec:
                 f"{geometry.num_heads} query heads cannot be grouped over {geometry.num_kv_heads} key/value heads; config.json is inconsistent"
             )
         if geometry.head_dim < 1 or geometry.head_dim % 2:
-            raise malformed("hidden_size / num_attention_heads", geometry.head_dim, "even: RoPE turns dimensions in pairs")
+            raise malformed(
+                "hidden_size / num_attention_heads", geometry.head_dim, "even: RoPE turns dimensions in pairs"
+            )
         return geometry
 
     def check_config(self, config: Mapping[str, Any]) -> None:

@@ -131,7 +131,9 @@ def _named(config: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> An
         return build(deepcopy(config))  # classes write into the objects inside
     except ConversionError:
         raise
-    except Exception as error:  # a config class raises whatever its entries lead it to: any of it means that they are wrong
+    except (
+        Exception
+    ) as error:  # a config class raises whatever its entries lead it to: any of it means that they are wrong
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CheckpointError(_why(config, build, error)) from error
@@ -143,7 +145,9 @@ def _why(config: dict[str, Any], build: Callable[[dict[str, Any]], Any], error: 
     searched = config if _builds(small, "", build) else small
     entries = [found(name, config[name]) for name in config if name not in NEEDED and _builds(searched, name, build)]
     given = f"with {' or '.join(entries[:3])}, " if entries else ""
-    return f"config.json: {given}transformers {transformers.__version__} builds no {config['model_type']} model ({reason})"
+    return (
+        f"config.json: {given}transformers {transformers.__version__} builds no {config['model_type']} model ({reason})"
+    )
 
 
 def _of_one_layer(config: dict[str, Any]) -> dict[str, Any]:

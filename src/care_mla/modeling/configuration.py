@@ -75,7 +75,9 @@ class CareMlaConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         for name in OF_SOURCE:
             if name in kwargs and kwargs.pop(name) != (inner := getattr(self.text_config, name, None)):
-                raise CheckpointError(f"config.json: text_config has {found(name, inner)}, and another value stands beside it")
+                raise CheckpointError(
+                    f"config.json: text_config has {found(name, inner)}, and another value stands beside it"
+                )
         super().__post_init__(**kwargs)
 
     def __getattr__(self, name: str) -> Any:

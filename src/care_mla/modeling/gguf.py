@@ -175,7 +175,9 @@ def _completed(config: PreTrainedConfig, contents: _Contents) -> PreTrainedConfi
     whole = {**config.to_dict(), **changes}
     if "sliding_window" in changes:
         whole.pop("layer_types", None)  # follows from it
-    made: PreTrainedConfig = type(config)(**{k: v for k, v in whole.items() if k not in ("model_type", "transformers_version")})
+    made: PreTrainedConfig = type(config)(
+        **{k: v for k, v in whole.items() if k not in ("model_type", "transformers_version")}
+    )
     return made
 
 
@@ -184,7 +186,9 @@ def _mapped_entries(config: PreTrainedConfig, contents: _Contents) -> set[str]:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     kinds = (contents.architecture, config.model_type, config.model_type.removesuffix("_text"))
-    mapping: dict[str, str | None] = next((GGUF_CONFIG_MAPPING[kind] for kind in kinds if kind in GGUF_CONFIG_MAPPING), {})
+    mapping: dict[str, str | None] = next(
+        (GGUF_CONFIG_MAPPING[kind] for kind in kinds if kind in GGUF_CONFIG_MAPPING), {}
+    )
     return {name for name, renamed in mapping.items() if renamed is not None}
 
 
@@ -211,7 +215,7 @@ def _change(name: str, value: Any, config: PreTrainedConfig, head_dim: int, cont
         raise contents.refuse(name, f"keys and values of {config.model_type} are as wide as its heads")
     if name == "attention.scale" and math.isclose(value, head_dim**-0.5, rel_tol=1e-4):
         return {}
-    if name == "attention.causal" and value or name == "use_parallel_residual" and not value:
+    if (name == "attention.causal" and value) or (name == "use_parallel_residual" and not value):
         return {}
     if name == "attention.sliding_window_pattern" and isinstance(value, list):
         windowed = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
@@ -226,7 +230,9 @@ def _change(name: str, value: Any, config: PreTrainedConfig, head_dim: int, cont
             return {entry: value}
     elif not value:  # zero, false, none
         return {}
-    raise contents.refuse(name, f"transformers' {config.model_type} does not read it from GGUF, and it may change the model")
+    raise contents.refuse(
+        name, f"transformers' {config.model_type} does not read it from GGUF, and it may change the model"
+    )
 
 
 def _head_dim(config: PreTrainedConfig, contents: _Contents) -> int:
@@ -247,7 +253,9 @@ def _rope_changes(config: PreTrainedConfig, head_dim: int, contents: _Contents) 
     if share and int(head_dim * share["partial_rotary_factor"]) != width:
         raise contents.refuse("rope.dimension_count", f"it is no share of the {head_dim} dimensions of a head")
     if share and getattr(config, "partial_rotary_factor", None) is None and config.model_type != "phi3":
-        raise contents.refuse("rope.dimension_count", f"RoPE of {config.model_type} turns all {head_dim} dimensions of a head")
+        raise contents.refuse(
+            "rope.dimension_count", f"RoPE of {config.model_type} turns all {head_dim} dimensions of a head"
+        )
     base = float(rope.pop("freq_base", 10000.0))
     scaling = {name.removeprefix("scaling."): rope.pop(name) for name in list(rope) if name.startswith("scaling.")}
     scaling.pop("finetuned", None)
@@ -256,12 +264,16 @@ def _rope_changes(config: PreTrainedConfig, head_dim: int, contents: _Contents) 
     if rope:
         raise contents.refuse(f"rope.{min(rope)}", "what it does to RoPE is not known here")
     named = str(scaling.pop("type", "none"))
-    parameters = _tensor_scaling(contents, scaling, base, width) if present else _named_scaling(named, scaling, contents)
+    parameters = (
+        _tensor_scaling(contents, scaling, base, width) if present else _named_scaling(named, scaling, contents)
+    )
     nested = any(isinstance(value, dict) for value in (getattr(config, "rope_parameters", None) or {}).values())
     if nested and not parameters and not share:
         return {}
     if nested:
-        raise contents.refuse(present[0] if present else "rope.scaling.type", "RoPE differs by layer type in this architecture")
+        raise contents.refuse(
+            present[0] if present else "rope.scaling.type", "RoPE differs by layer type in this architecture"
+        )
     wanted = {"rope_type": "default", **parameters, "rope_theta": base, **share}
     return {} if wanted == config.rope_parameters else {"rope_parameters": wanted}
 
@@ -292,7 +304,9 @@ def _tensor_scaling(contents: _Contents, scaling: dict[str, Any], base: float, w
     divisors, long, short = (contents.tensor(name) for name in ROPE_TENSORS)
     original, attention = scaling.pop("original_context_length", None), scaling.pop("attn_factor", None)
     if scaling.pop("factor", 1.0) not in (0.0, 1.0) or scaling:
-        raise contents.refuse("rope_freqs.weight" if divisors is not None else ROPE_TENSORS[1], "rope.scaling stands beside it")
+        raise contents.refuse(
+            "rope_freqs.weight" if divisors is not None else ROPE_TENSORS[1], "rope.scaling stands beside it"
+        )
     if divisors is None:
         if long is None or short is None or original is None:
             raise contents.refuse(ROPE_TENSORS[1] if short is None else ROPE_TENSORS[2], "its counterpart is missing")
