@@ -56,3 +56,13 @@ def test_what_transformers_is_given_stays_as_it_was() -> None:
     care_mla.modeling.require_buildable(config)
     care_mla.modeling.rotary_frequencies(config)
     assert config == before
+
+
+def test_a_weight_of_another_shape_is_named(tiny: Callable[..., Path]) -> None:
+    source = tiny()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 72}))
+    with pytest.raises(
+        CheckpointError, match=r"mlp.down_proj.weight has shape \(48, 64\), config.json asks for \(48, 72\)"
+    ):
+        care_mla.load(source)

@@ -177,6 +177,23 @@ def test_paths_that_are_no_source(name: str, says: str, tmp_path: Path) -> None:
             resolve_source(source, config_only=config_only)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".gguf", "a\0.gguf", "/no/such.gguf"])
+def test_paths_that_are_no_gguf_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="name too long|zero byte|does not exist"):
+        fetch(name, tmp_path / "out")
+
+
+def test_the_command_keeps_the_revision_in_the_name(
+    hub: Callable[..., Hub], care: Callable[..., str], tiny: Callable[..., Path]
+) -> None:
+    there, source = hub("config.json"), tiny()
+    there.snapshot_download("org/name", allow_patterns=["config.json"])
+    (there.snapshot / "config.json").write_bytes((source / "config.json").read_bytes())
+    there.names = ()
+    assert "org/name@v1" in care("inspect", "org/name", "--revision", "v1")
+    assert there.revisions[-1] == "v1"
+
+
 def test_directories_however_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -100,6 +100,18 @@ def resolve_source(source: str | Path, *, config_only: bool = False) -> Path:
     return _download(repository, revision or None, config_only=config_only)
 
 
+def existing_file(name: str | Path) -> Path:
+    """A file that is there.
+
+    Raises:
+        CheckpointError: it is not, or cannot be looked at.
+    """
+    path = _path(name)
+    if _kind(path) != "file":
+        raise CheckpointError(f"{path} is a directory" if _kind(path) else f"{path} does not exist")
+    return path
+
+
 def _path(source: str | Path) -> Path:
     """
     Raises:

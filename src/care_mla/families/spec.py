@@ -116,7 +116,7 @@ class FamilySpec:
             ) from error
         if geometry.num_kv_heads < 1 or geometry.num_heads % geometry.num_kv_heads:
             raise UnsupportedModelError(
-                f"{geometry.num_heads} query heads cannot be grouped over {geometry.num_kv_heads} key/value heads; config.json is inconsistent"
+                f"config.json: num_attention_heads = {geometry.num_heads} query heads cannot be grouped over num_key_value_heads = {geometry.num_kv_heads}"
             )
         if geometry.head_dim < 1 or geometry.head_dim % 2:
             raise malformed(

@@ -166,7 +166,12 @@ def load(
     require_loadable(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs
+            directory,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"ignore_mismatched_sizes": True, **kwargs},  # they are named below
         )
     except torch.OutOfMemoryError:
         raise
@@ -176,5 +181,10 @@ def load(
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing from the checkpoint, the first is {missing[0]}"
+        )
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise CheckpointError(
+            f"{source}: {name} has shape {tuple(stored)}, config.json asks for {tuple(expected)} ({len(info['mismatched_keys'])} such)"
         )
     return model.to(device).eval()

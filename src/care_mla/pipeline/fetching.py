@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from care_mla.checkpoint import atomic_directory, resolve_source
-from care_mla.checkpoint.source import model_files
+from care_mla.checkpoint.source import existing_file, model_files
 from care_mla.checkpoint.writer import require_writable
 from care_mla.errors import CheckpointError
 
@@ -29,9 +29,7 @@ def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
     if name in KNOWN_MODELS or name.endswith(".gguf"):
         from care_mla.modeling import gguf_to_directory
 
-        gguf_to_directory(
-            _known_file(name) if name in KNOWN_MODELS else Path(name).expanduser(), out, overwrite=overwrite
-        )
+        gguf_to_directory(_known_file(name) if name in KNOWN_MODELS else existing_file(name), out, overwrite=overwrite)
         return
     directory = resolve_source(name)
     files = model_files(directory)
