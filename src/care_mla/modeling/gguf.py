@@ -25,6 +25,9 @@ LLAMA3_ORIGINAL_LENGTH = 8192
 WITHOUT_EFFECT = ("context_length", "vocab_size", "tensor_data_layout", "pooling_type")
 """Entries of an architecture that do not change what the layers compute, where transformers does not read them."""
 
+NOT_ARGUMENTS = ("model_type", "transformers_version")
+"""What `to_dict` of a config writes and its class does not take."""
+
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
@@ -175,9 +178,7 @@ def _completed(config: PreTrainedConfig, contents: _Contents) -> PreTrainedConfi
     whole = {**config.to_dict(), **changes}
     if "sliding_window" in changes:
         whole.pop("layer_types", None)  # follows from it
-    made: PreTrainedConfig = type(config)(
-        **{k: v for k, v in whole.items() if k not in ("model_type", "transformers_version")}
-    )
+    made: PreTrainedConfig = type(config)(**{k: v for k, v in whole.items() if k not in NOT_ARGUMENTS})
     return made
 
 
@@ -252,7 +253,8 @@ def _rope_changes(config: PreTrainedConfig, head_dim: int, contents: _Contents) 
     share = {} if width == head_dim else {"partial_rotary_factor": width / head_dim}
     if share and int(head_dim * share["partial_rotary_factor"]) != width:
         raise contents.refuse("rope.dimension_count", f"it is no share of the {head_dim} dimensions of a head")
-    if share and getattr(config, "partial_rotary_factor", None) is None and config.model_type != "phi3":
+    partial = hasattr(config, "partial_rotary_factor") or "partial_rotary_factor" in (config.rope_parameters or {})
+    if share and not partial:
         raise contents.refuse(
             "rope.dimension_count", f"RoPE of {config.model_type} turns all {head_dim} dimensions of a head"
         )
