@@ -209,7 +209,7 @@ def test_usage_errors(care: Care, source: Path) -> None:
 def test_unknown_architecture(care: Care, source: Path, tmp_path: Path) -> None:
     _config(source, model_type="mamba", architectures=["MambaForCausalLM"])
     printed = care("convert", source, "--out", tmp_path / "out", "--rank", 4, code=1)
-    assert "MambaForCausalLM" in printed and "no family spec" in printed and not (tmp_path / "out").exists()
+    assert "MambaForCausalLM" in printed and "no attention" in printed and not (tmp_path / "out").exists()
 
 
 def test_statistics_of_another_model(

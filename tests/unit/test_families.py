@@ -73,8 +73,8 @@ def test_installed_packages_bring_families(registry: dict[str, FamilySpec], monk
 
 
 def test_unknown_model_types_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*known: gemma2, .*starcoder2.*docs/families.md"):
-        get_family({"model_type": "mamba"})
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_neox'.*known: gemma2, .*starcoder2.*docs/families.md"):
+        get_family({"model_type": "gpt_neox"})
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_features_are_read_from_config_json(config: dict[str, Any], feature: str
 
 def test_specs_are_data() -> None:
     for path in Path(gemma2_module.__file__).parent.glob("*.py"):
-        if path.name not in ("__init__.py", "spec.py"):
+        if path.name not in ("__init__.py", "spec.py", "entries.py", "refusals.py"):
             text = path.read_text()
             assert "def " not in text and "lambda" not in text, path
 

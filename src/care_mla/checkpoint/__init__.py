@@ -2,13 +2,14 @@
 
 from care_mla.checkpoint.outputs import Kind, claim, locked, require_output, scratch
 from care_mla.checkpoint.reader import CheckpointReader
-from care_mla.checkpoint.source import resolve_source
+from care_mla.checkpoint.source import at_revision, resolve_source
 from care_mla.checkpoint.writer import ShardedWriter, copy_side_files
 
 __all__ = [
     "CheckpointReader",
     "Kind",
     "ShardedWriter",
+    "at_revision",
     "claim",
     "copy_side_files",
     "locked",

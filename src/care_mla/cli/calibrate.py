@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import say
@@ -18,6 +19,7 @@ from care_mla.stats import StatisticsStore
 def calibrate(
     source: options.Source,
     out: options.Out,
+    revision: options.Revision = None,
     calibration: options.Calibration = None,
     field: options.Field = None,
     samples: options.Samples = None,
@@ -42,6 +44,7 @@ def calibrate(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Collect statistics once; they serve every method and rank."""
+    source = at_revision(source, revision)
     settings = options.given(
         calibration=calibration,
         field=field,

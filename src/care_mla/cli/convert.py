@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.heal import show_healing
@@ -26,6 +27,7 @@ from care_mla.ranks import ALLOCATORS
 def convert(
     source: options.Source,
     out: options.Out,
+    revision: options.Revision = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics of `care calibrate`; otherwise calibrate now.")
     ] = None,
@@ -142,6 +144,7 @@ def convert(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Convert a checkpoint; writes a loadable model, its manifest and a report."""
+    source = at_revision(source, revision)
     recipe: dict[str, Any] = options.given(
         layout=layout,
         method=method,

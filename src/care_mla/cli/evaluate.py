@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import console
@@ -21,7 +22,10 @@ def evaluate(
     text: Annotated[str, typer.Option("--text", help="Text file, records file, or named corpus.")],
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option("--windows", help="Windows from the beginning of the text.")] = 8,
-    reference: Annotated[str | None, typer.Option("--reference", help="The unconverted model.")] = None,
+    revision: options.Revision = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The unconverted model; of a hub id NAME@REVISION, too.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
     field: options.Field = None,
     device: options.Device = None,
@@ -30,7 +34,7 @@ def evaluate(
     """Perplexity, KL to the reference, and the cache measured on the live cache object."""
     options.require_json(json_out)
     result = pipeline.evaluate(
-        model,
+        at_revision(model, revision),
         text,
         reference=reference,
         seqlen=seqlen,

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import console
@@ -22,6 +23,9 @@ def heal(
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", help="Model directory or hub id.  [default: what the model was converted from]"),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of --teacher; as good as NAME@REVISION.")
     ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Budget, e.g. 64k, 0.25M, 250000.  [default: 64k]")
@@ -123,6 +127,9 @@ def heal(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Train a converted model back toward its source; under torchrun or accelerate launch, all processes together."""
+    if revision is not None and teacher is None:
+        raise typer.BadParameter("--revision is of a teacher on the hub; name it with --teacher")
+    teacher = at_revision(teacher, revision) if teacher is not None else None
     settings: dict[str, Any] = options.given(
         tokens=options.count_of(tokens, "--tokens"),
         data=data,

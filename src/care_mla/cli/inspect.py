@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import console
@@ -16,9 +17,11 @@ from care_mla.cli.terminal import console
 @app.command()
 def inspect(
     source: options.Source,
+    revision: options.Revision = None,
     budgets: Annotated[str, typer.Option("--budgets", help="Shares of the cache to save.")] = "0.5,0.75,0.875",
 ) -> None:
     """Architecture, cache now and at the given budgets, and what a conversion must keep. Reads config.json alone."""
+    source = at_revision(source, revision)
     facts = pipeline.inspect(source, options.numbers(budgets, "--budgets"))
     geometry = facts.geometry
     table = Table(title=f"{source}: {facts.architecture}", show_header=False)

@@ -15,6 +15,9 @@ from care_mla.cli.terminal import say
 from care_mla.files import require_own_file
 
 Source = Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.", metavar="SOURCE")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; as good as NAME@REVISION.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory.")]
 Device = Annotated[

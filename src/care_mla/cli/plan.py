@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from care_mla import pipeline
+from care_mla.checkpoint import at_revision
 from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.terminal import console
@@ -23,6 +24,7 @@ BARS = "▁▂▃▄▅▆▇█"
 @app.command()
 def plan(
     source: options.Source,
+    revision: options.Revision = None,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -49,6 +51,7 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write ranks and predictions here too.")] = None,
 ) -> None:
     """Predicted loss increase and rank profile by budget and recipe; writes no model."""
+    source = at_revision(source, revision)
     shares = options.numbers(kv_save, "--kv-save")
     options.require_json(json_out)
     if method is None and (layout is not None or ranks is not None):

@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from care_mla.errors import UnsupportedModelError
+from care_mla.families.entries import check_identity
 from care_mla.families.gemma2 import GEMMA2
 from care_mla.families.gemma3 import GEMMA3
 from care_mla.families.gpt_oss import GPT_OSS
@@ -18,6 +19,7 @@ from care_mla.families.qwen2 import QWEN2
 from care_mla.families.qwen2_moe import QWEN2_MOE
 from care_mla.families.qwen3 import QWEN3
 from care_mla.families.qwen3_moe import QWEN3_MOE
+from care_mla.families.refusals import why_not
 from care_mla.families.smollm3 import SMOLLM3
 from care_mla.families.spec import FamilySpec
 from care_mla.families.starcoder2 import STARCODER2
@@ -38,12 +40,14 @@ def _register_installed() -> None:
 
 
 def get_family(config: Mapping[str, Any]) -> FamilySpec:
-    """The spec for a config.json.
+    """The spec for a config.json, whose entries are checked.
 
     Raises:
+        CheckpointError: an entry that cannot be read.
         UnsupportedModelError: no spec for its model_type, or a feature of it that cannot be expressed.
     """
-    model_type = config.get("model_type")
+    check_identity(config)
+    model_type = config["model_type"]
     if model_type == "care_mla":
         raise UnsupportedModelError(
             "this checkpoint is already converted (model_type care_mla); convert its source instead"
@@ -51,14 +55,22 @@ def get_family(config: Mapping[str, Any]) -> FamilySpec:
     if model_type not in _REGISTRY:
         _register_installed()
     if model_type not in _REGISTRY:
-        known = ", ".join(sorted(_REGISTRY))
-        raise UnsupportedModelError(
-            f"architecture {config.get('architectures') or '?'} (model_type {model_type!r}) has no family spec; known: {known}. "
-            "A spec says where its q, k, v projections are and what surrounds them; docs/families.md shows how to register one in ten lines"
-        )
+        raise UnsupportedModelError(_without_spec(config))
     spec = _REGISTRY[model_type]
     spec.check_config(config)
     return spec
+
+
+def _without_spec(config: Mapping[str, Any]) -> str:
+    """What is said of a model_type that is not registered."""
+    name = f"{', '.join(config.get('architectures') or ['?'])} (model_type {config['model_type']!r})"
+    if reason := why_not(config):
+        return f"this {name} {reason}"
+    code = "; code that comes with a checkpoint (auto_map) is never run" if config.get("auto_map") else ""
+    return (
+        f"architecture {name} has no family spec; known: {', '.join(sorted(_REGISTRY))}. A spec says where the q, k, v projections of a class "
+        f"of transformers are and what surrounds them; docs/families.md shows how to register one in ten lines{code}"
+    )
 
 
 BUILT_IN = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from care_mla.errors import UnsupportedModelError
+from care_mla.families.entries import check_entries, found, malformed
 from care_mla.geometry import Geometry
 
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
@@ -115,19 +116,31 @@ class FamilySpec:
             ) from error
         if geometry.num_kv_heads < 1 or geometry.num_heads % geometry.num_kv_heads:
             raise UnsupportedModelError(
-                f"{geometry.num_heads} query heads cannot be grouped over {geometry.num_kv_heads} key/value heads; config.json is inconsistent"
+                f"config.json: num_attention_heads = {geometry.num_heads} query heads cannot be grouped over num_key_value_heads = {geometry.num_kv_heads}"
+            )
+        if geometry.head_dim < 1 or geometry.head_dim % 2:
+            raise malformed(
+                "hidden_size / num_attention_heads", geometry.head_dim, "even: RoPE turns dimensions in pairs"
             )
         return geometry
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Refuse, by name, what no layout can express.
+        """Refuse, by name, entries that cannot be read and what no layout can express.
 
         Raises:
+            CheckpointError: an entry, what it holds and what is needed.
             UnsupportedModelError
         """
+        flags = (self.qkv_bias,) if isinstance(self.qkv_bias, str) else ()
+        counts = (self.full_attention_every,) if isinstance(self.full_attention_every, str) else ()
+        check_entries(config, flags=flags, counts=counts, rope_flags=self.rope_layers)
+        if config.get("per_layer_config"):
+            raise UnsupportedModelError(
+                f"{self.model_type} with per_layer_config is not supported: layers must be alike in their attention"
+            )
         if quantization := config.get("quantization_config"):
             raise UnsupportedModelError(
-                f"the weights of this {self.model_type} model are quantized ({quantization.get('quant_method', '?')}), and low-rank maps need "
+                f"the weights of this {self.model_type} model are quantized ({found('quant_method', quantization.get('quant_method', '?'))}), and low-rank maps need "
                 "them as they are; load it dequantized, in bfloat16, and convert what save_pretrained writes"
             )
         for key, reason in self.refused.items():
@@ -153,7 +166,7 @@ class FamilySpec:
             else "",
             "QK-norm": "per head, before RoPE" if self.k_norm and self.qk_norm_over == "head" else "",
             "QK-norm over the projection": "before RoPE" if self.k_norm and self.qk_norm_over == "projection" else "",
-            "attention scale": f"{self.scale} = {config[self.scale]}" if self.scale else "",
+            "attention scale": f"{self.scale} = {config.get(self.scale)}" if self.scale else "",
             "soft-cap": f"scores within {config[self.soft_cap]}" if self.soft_cap and config.get(self.soft_cap) else "",
             "attention sinks": "one extra logit a head" if self.sinks else "",
             "sliding window": self._sliding_window(config),

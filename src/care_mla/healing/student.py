@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from care_mla.checkpoint import CheckpointReader
 from care_mla.config import Trained
@@ -21,7 +21,7 @@ from care_mla.errors import CheckpointError, HealingError
 from care_mla.families import FamilySpec, get_family
 from care_mla.healing.losses import relative_square_error
 from care_mla.mapping.deepseek import NORM_GAIN, NORM_WEIGHT, SHRUNK
-from care_mla.modeling import LANGUAGE_MODEL
+from care_mla.modeling import LANGUAGE_MODEL, skeleton
 
 Runs = Literal["student", "teacher", "both"]
 
@@ -131,11 +131,7 @@ def share_teacher(pupil: Pupil, own: CheckpointReader, source: CheckpointReader,
     """
     if trained == "all" or not pupil.inner or not _same_beside_attention(pupil, own, source):
         return False
-    config = AutoConfig.for_model(
-        **{key: value for key, value in source.config.items() if key != "quantization_config"}
-    )
-    with torch.device("meta"):
-        originals = AutoModelForCausalLM.from_config(config)
+    originals = skeleton({key: value for key, value in source.config.items() if key != "quantization_config"})
     # Not the wrapper's: sinks and soft-caps have attention functions of their own.
     originals.config._attn_implementation = pupil.model.config.get_text_config()._attn_implementation
     switch = Switch()

@@ -1,10 +1,11 @@
 """The project's own Hugging Face classes. Importing this registers them with AutoConfig and AutoModelForCausalLM."""
 
 from care_mla.modeling.attention import LatentAttention
+from care_mla.modeling.building import require_buildable, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory, require_gguf
-from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
+from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, require_loadable, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "gguf_to_directory",
     "load",
     "matching_rotation",
+    "require_buildable",
     "require_gguf",
+    "require_loadable",
     "rotary_frequencies",
+    "skeleton",
     "stock_shapes",
 ]

@@ -9,12 +9,32 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from care_mla.errors import CheckpointError
+from care_mla.families.entries import found, malformed
+from care_mla.modeling.building import complete
 from care_mla.ranks import RankPlan
+from care_mla.ranks.plan import BLOCKS
+
+OF_SOURCE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""What others ask a config for and the source's answers: read from `text_config` and set there, so that both never differ."""
 
 
 @strict
 class CareMlaConfig(PreTrainedConfig):
-    """`model_type` care_mla.
+    """`model_type` care_mla. Entries of `OF_SOURCE` that the source has are those of `text_config`.
 
     Attributes:
         text_config: configuration of the source model, as its family writes it.
@@ -46,13 +66,51 @@ class CareMlaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.text_config, dict):
-            text = dict(self.text_config)
-            self.text_config = AutoConfig.for_model(text.pop("model_type"), **text)
         if self.text_config is None:
             self.text_config = AutoConfig.for_model("llama")
+        if isinstance(self.text_config, dict):
+            self.text_config = complete(self.text_config)
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise malformed("text_config", self.text_config, "the config of the model that was converted")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        for name in OF_SOURCE:
+            if name in kwargs and kwargs.pop(name) != (inner := getattr(self.text_config, name, None)):
+                raise CheckpointError(
+                    f"config.json: text_config has {found(name, inner)}, and another value stands beside it"
+                )
         super().__post_init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_SOURCE and isinstance(self.text_config, PreTrainedConfig):
+            return getattr(self.text_config, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_SOURCE and isinstance(self.text_config, PreTrainedConfig):
+            setattr(self.text_config, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def require_consistent(self) -> None:
+        """The entries of a conversion fit each other and the layers.
+
+        Raises:
+            CheckpointError: an entry, what it holds and what is needed.
+        """
+        if self.layout not in BLOCKS:
+            raise malformed("layout", self.layout, f"one of {', '.join(BLOCKS)}")
+        widths = {"kv_lora_rank": self.kv_lora_rank}
+        widths |= {"k_lora_rank": self.k_lora_rank or []} if self.layout == "split" else {}
+        for name, ranks in widths.items():
+            if len(ranks) != self.num_hidden_layers or not all(rank > 0 for rank in ranks):
+                raise malformed(name, ranks, f"a list with a positive rank for each of {self.num_hidden_layers} layers")
+        if self.layout == "split" and any(k >= both for k, both in zip(*reversed(widths.values()), strict=True)):
+            raise malformed("k_lora_rank", self.k_lora_rank, "less than kv_lora_rank in every layer")
+        turned = self.rope_frequencies
+        if self.layout == "mla" and (
+            turned is None or len(turned) != self.num_hidden_layers or not all(turned) or min(map(min, turned)) < 0
+        ):
+            raise malformed("rope_frequencies", turned, "a list of indices for every layer")
 
 
 def converted_config(

@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from care_mla.checkpoint import resolve_source
+from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
 from care_mla.modeling.attention import LatentAttention, MlaAttention
+from care_mla.modeling.building import first_line, rotary_module, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
 from care_mla.runtime import is_out_of_memory, memory_named, resolve_device, resolve_dtype
@@ -36,6 +38,7 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012  (transformers' own idiom)
 
     def __init__(self, config: CareMlaConfig):
+        config.require_consistent()
         super().__init__(config)
         family = get_family(config.text_config.to_dict())
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
@@ -118,17 +121,15 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def rotary_module(config: dict[str, Any], path: str | None = None) -> nn.Module:
-    """The rotary embedding that a model of this config.json has, without its weights.
+def require_loadable(directory: Path) -> None:
+    """Refuse a config.json, of a source, a converted or an exported model, of which transformers makes no causal model.
 
-    Args:
-        path: of the module; None asks the family.
+    Takes a tenth of a second: nothing is allocated.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the entries that stand in the way.
     """
-    text_config = AutoConfig.for_model(**config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text_config)
-    rotary = type(model.get_submodule(path or get_family(config).rotary))
-    return rotary(config=text_config)
+    skeleton(read_json(directory / "config.json"))
 
 
 def rotary_frequencies(config: dict[str, Any]) -> Tensor:
@@ -181,20 +182,31 @@ def load(
         raise ConfigError("device_map needs accelerate: pip install 'care-mla[heal]'")
     where = torch.device("cpu") if placed else resolve_device(device, option="device")
     directory = resolve_source(source)
+    require_loadable(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs
+            directory,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"ignore_mismatched_sizes": True, **kwargs},  # they are named below
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers runs into: a directory that it cannot read
         if is_out_of_memory(error):
             raise ConfigError(
                 f"out of memory while {source} was loaded: use a device with more of it, or a smaller --dtype"
             ) from error
-        raise CheckpointError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(f"{source} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{source}: {len(missing)} weights are missing from the checkpoint, the first is {missing[0]}"
+        )
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise CheckpointError(
+            f"{source}: {name} has shape {tuple(stored)}, config.json asks for {tuple(expected)} ({len(info['mismatched_keys'])} such)"
         )
     if placed:
         return model.eval()

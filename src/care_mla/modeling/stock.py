@@ -6,23 +6,28 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from care_mla.errors import UnsupportedModelError
-from care_mla.modeling.model import rotary_module
+from care_mla.modeling.building import complete, rotary_module, skeleton
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with what it omits and the family's class fills in; RoPE under `rope_parameters`, however it was written."""
-    complete: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    return complete
+    """A config.json with what it omits and the family's class fills in; RoPE under `rope_parameters`, however it was written.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: transformers makes no config of it.
+    """
+    whole: dict[str, Any] = complete(config).to_dict()
+    return whole
 
 
 def stock_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that the class of a config.json expects; nothing is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Name -> shape of every weight that the class of a config.json expects; nothing is allocated.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: transformers builds no model of it.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
 
 
 def matching_rotation(source: dict[str, Any], exported: dict[str, Any]) -> float:

@@ -53,11 +53,12 @@ def evaluate(
     """
     from care_mla.calibration import embedding_rows, joined, load_tokenizer, stream_documents
     from care_mla.evaluation import evaluate_model, evaluation_windows, require_windows
-    from care_mla.modeling import load
+    from care_mla.modeling import load, require_loadable
 
     where, precision = resolve_device(device), resolve_dtype(dtype)
     require_windows(seqlen, windows)
     directory = resolve_source(model)
+    require_loadable(directory)  # before its tokenizer, which reads config.json too
     converted = (directory / MANIFEST).is_file()
     if converted:
         saved_evaluations(directory)  # damaged ones are refused before the work

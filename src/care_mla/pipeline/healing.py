@@ -475,10 +475,12 @@ def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _O
     """
     from care_mla.calibration import load_tokenizer
     from care_mla.healing import family_of
+    from care_mla.modeling import require_loadable
 
     directory = resolve_source(model)
     reader = CheckpointReader(directory)
     family_of(reader.config)
+    require_loadable(directory)
     record = next((read_json(directory / f) for f in (MANIFEST, EXPORT) if (directory / f).is_file()), {})
     teacher_name = str(teacher) if teacher is not None else _teacher_of(record, directory)
     try:
@@ -490,6 +492,7 @@ def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _O
             f"{teacher_name}, from which {directory} was converted, is not found from here; name it with --teacher"
         ) from error
     teacher_reader = CheckpointReader(teacher_directory)
+    require_loadable(teacher_directory)
     vocabularies = [(r.config.get("text_config") or r.config).get("vocab_size") for r in (reader, teacher_reader)]
     if vocabularies[0] != vocabularies[1]:
         raise ConfigError(

@@ -56,9 +56,12 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
     Raises:
         CheckpointError, UnsupportedModelError, RankError
     """
+    from care_mla.modeling import require_buildable
+
     config = read_json(resolve_source(source, config_only=True) / "config.json")
     family = get_family(config)
     geometry = family.geometry(config)
+    require_buildable(config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     rows = []
     for kv_save in (0.0, *budgets):

@@ -229,9 +229,12 @@ def plan_uniform(
     Raises:
         CheckpointError, UnsupportedModelError, RankError
     """
+    from care_mla.modeling import require_buildable
+
     config = read_json(resolve_source(source, config_only=True) / "config.json")
     family = get_family(config)
     geometry = family.geometry(config)
+    require_buildable(config)
     plans = []
     for layout in layouts:
         require_expressible(family, config, layout)

@@ -68,10 +68,13 @@ def open_source(source: str | Path) -> Source:
     Raises:
         CheckpointError, UnsupportedModelError
     """
+    from care_mla.modeling import require_buildable
+
     directory = resolve_source(source)
     config = read_json(directory / "config.json")
     family = get_family(config)
     require_expressible(family, config)
+    require_buildable(config)
     return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
 
 
