@@ -18,8 +18,6 @@ from torch import Tensor
 from care_mla.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9
-_NEVER_COPIED = {"config.json", "model.safetensors.index.json"}
-_SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 def require_writable(out: Path, overwrite: bool) -> None:
@@ -117,14 +115,3 @@ class ShardedWriter:
         (self.directory / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
-
-
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Carry tokenizer, chat template, generation config and licence over; never weights, never code."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and path.name not in _NEVER_COPIED and not path.name.startswith("care_"):
-            shutil.copyfile(path, target / path.name)
-            copied.append(path.name)
-    return copied

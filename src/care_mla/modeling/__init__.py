@@ -4,6 +4,7 @@ from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config
 from care_mla.modeling.gguf import gguf_to_directory
+from care_mla.modeling.inventory import Inventory, take_inventory
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 
@@ -12,6 +13,7 @@ __all__ = [
     "LANGUAGE_MODEL",
     "CareMlaConfig",
     "CareMlaForCausalLM",
+    "Inventory",
     "LatentAttention",
     "LatentCache",
     "cache_of",
@@ -22,4 +24,5 @@ __all__ = [
     "matching_rotation",
     "rotary_frequencies",
     "stock_shapes",
+    "take_inventory",
 ]

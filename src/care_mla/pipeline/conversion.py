@@ -192,7 +192,7 @@ class _CheckpointBuilder:
         self.source, self.recipe, self.plan, self.directory = source, recipe, plan, directory
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
-        self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        self.dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()
