@@ -2,20 +2,23 @@
 
 from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
-from care_mla.modeling.configuration import CareMlaConfig, converted_config
+from care_mla.modeling.configuration import CareMlaConfig, converted_config, source_text_config
 from care_mla.modeling.gguf import gguf_to_directory
 from care_mla.modeling.inventory import Inventory, take_inventory
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
+from care_mla.modeling.verification import AttentionTrial, attention_trials
 
 __all__ = [
     "CACHE_NAME",
     "LANGUAGE_MODEL",
+    "AttentionTrial",
     "CareMlaConfig",
     "CareMlaForCausalLM",
     "Inventory",
     "LatentAttention",
     "LatentCache",
+    "attention_trials",
     "cache_of",
     "complete_config",
     "converted_config",
@@ -23,6 +26,7 @@ __all__ = [
     "load",
     "matching_rotation",
     "rotary_frequencies",
+    "source_text_config",
     "stock_shapes",
     "take_inventory",
 ]

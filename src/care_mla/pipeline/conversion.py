@@ -28,6 +28,7 @@ from care_mla.pipeline.queries import low_rank_queries
 from care_mla.pipeline.source import Source, open_source, require_elsewhere
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
+from care_mla.pipeline.verification import require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
 from care_mla.stats import StatisticsStore
@@ -78,6 +79,7 @@ def convert(
     require_writable(out, overwrite)
     opened = open_source(source)
     require_elsewhere(out, opened.directory)
+    require_true_spec(opened)
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
     if statistics is not None:
@@ -173,7 +175,9 @@ def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, de
     from care_mla.modeling import load
 
     windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
-    return Propagation(load(source.directory, device=device), source.family, windows, ridge=recipe.refit_ridge)
+    model = load(source.directory, device=device)
+    require_same_weights(source, model)
+    return Propagation(model, source.family, windows, ridge=recipe.refit_ridge)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import versions
 from care_mla.pipeline.source import Source, lost_features, open_source
+from care_mla.pipeline.verification import require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.stats import StatisticsStore, StatisticsWriter
 
@@ -41,6 +42,7 @@ def calibrate(
     chosen: CalibrationSettings = CalibrationSettings.make(**settings)
     require_writable(Path(out), overwrite)
     opened = open_source(source)
+    require_true_spec(opened)
     with atomic_directory(Path(out), overwrite=overwrite) as staging:
         write_statistics(opened, staging, chosen, device=device, dtype=dtype, track=track)
     return Path(out)
@@ -72,6 +74,7 @@ def write_statistics(
     from_model = any(part.name == SELF for part in parse_spec(settings.calibration))
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
     model = load(source.directory, dtype=dtype, device=device)
+    require_same_weights(source, model)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
     taps: list[NormalizedKeysTap] = []
