@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY
+from tiny import COMMON, TINY
 
 import care_mla
 from care_mla import families
 from care_mla.errors import UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families import gemma2 as gemma2_module
+from care_mla.families.gemma3 import GEMMA3
+from care_mla.families.llama import LLAMA
 
 DOCS = Path(__file__).parents[2] / "docs"
 IDS = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -165,3 +167,37 @@ def test_fused_projections_convert_as_separate_ones_do(
             care_mla.convert(source, out, kv_save=0.5, calibration=calibration, **options)
             logits.append(care_mla.load(out)(IDS).logits)
         torch.testing.assert_close(*logits, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+        },
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+        },
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling": None, "rope_theta": 5e5},
+        {"rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {}},
+    ],
+)
+def test_rope_in_two_styles_is_the_one_that_transformers_takes(entries: dict[str, object]) -> None:
+    from transformers import AutoConfig
+
+    taken = AutoConfig.for_model("llama", **COMMON, **entries).rope_parameters["rope_type"]
+    found = LLAMA.features({**COMMON, **entries}).get("RoPE scaling", "default")
+    assert found == taken
+
+
+def test_rope_scaling_beside_parameters_by_layer_type() -> None:
+    from transformers import AutoConfig
+
+    kinds = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    entries = {"rope_parameters": kinds, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    found = GEMMA3.features({**COMMON, **entries})["RoPE scaling"]
+    taken = AutoConfig.for_model("gemma3_text", **COMMON, **entries).rope_parameters
+    assert found == taken["full_attention"]["rope_type"] and taken["sliding_attention"]["rope_type"] == "default"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from care_mla.checkpoint.reader import read_json
+from care_mla.checkpoint.storage import require_no_adapter
 from care_mla.errors import CheckpointError, ConfigError, ConversionError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -82,11 +83,12 @@ def resolve_source(source: str | Path, *, config_only: bool = False) -> Path:
         config_only: download config.json alone.
 
     Raises:
-        CheckpointError: neither a directory with config.json nor a reachable hub id.
+        CheckpointError: neither a directory with config.json nor a reachable hub id, or one with an adapter.
     """
     path, name = _path(source), str(source)
     kind = _kind(path)
     if kind == "directory":
+        require_no_adapter(path)
         if _kind(path / CONFIG) != "file":
             raise CheckpointError(f"{path} has no config.json; a SOURCE is a Hugging Face model directory or a hub id")
         return path
@@ -176,6 +178,7 @@ def _download(repository: str, revision: str | None, *, config_only: bool) -> Pa
             get([WEIGHTS, INDEX], at)
             if names := shards(directory):
                 get([escape(name) for name in names], at)
+        require_no_adapter(directory)
         return directory
     except ConversionError:
         raise

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from care_mla.files import copy_file, write_json, write_tensors, writing
+from care_mla.files import write_json, write_tensors, writing
 
 SHARD_BYTES = 5 * 10**9
-_NEVER_COPIED = {"config.json", "model.safetensors.index.json"}
-_SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 class ShardedWriter:
@@ -61,14 +59,3 @@ class ShardedWriter:
     def _rename(self, number: int, name: str) -> None:
         with writing(self.directory / name):
             self._part(number).rename(self.directory / name)
-
-
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Carry tokenizer, chat template, generation config and licence over; never weights, never code."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and path.name not in _NEVER_COPIED and not path.name.startswith("care_"):
-            copy_file(path, target / path.name)
-            copied.append(path.name)
-    return copied

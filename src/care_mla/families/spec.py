@@ -207,10 +207,21 @@ class FamilySpec:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The config's RoPE settings, one for each layer type that has its own."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
-    return nested or [rope]
+    """The config's RoPE settings, one for each layer type that has its own.
+
+    Of a config that is written in two styles transformers takes `rope_scaling`; where `rope_parameters` has settings by layer
+    type, it joins those of full attention.
+    """
+    parameters, scaling = (_mapping(config.get(key)) for key in ("rope_parameters", "rope_scaling"))
+    nested = {kind: value for kind, value in parameters.items() if isinstance(value, Mapping)}
+    if nested:
+        return [{**value, **scaling} if kind == "full_attention" else value for kind, value in nested.items()]
+    rope = scaling or parameters
+    return [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _rope_kinds(config: Mapping[str, Any]) -> list[str]:

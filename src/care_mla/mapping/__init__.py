@@ -7,6 +7,7 @@ from care_mla.mapping.latent import (
     latent_tensors,
     predicted_loss_increase,
     relative_errors,
+    share,
     split_blocks,
 )
 from care_mla.mapping.mla import AttentionWeights, mla_tensors, position_free
@@ -38,5 +39,6 @@ __all__ = [
     "query_metric",
     "relative_errors",
     "relative_query_error",
+    "share",
     "split_blocks",
 ]

@@ -179,4 +179,10 @@ def relative_errors(
     error = error if carried is None else error @ carried
     lost, total = (error @ deviation @ error.T).diagonal(), second_moment.diagonal()
     keys, values = split_blocks("split", len(second_moment) // 2)
-    return float(lost[keys].sum() / total[keys].sum()), float(lost[values].sum() / total[values].sum())
+    return share(lost[keys], total[keys]), share(lost[values], total[values])
+
+
+def share(part: Tensor, whole: Tensor) -> float:
+    """sum(part) / sum(whole); of nothing, nothing is lost: 0."""
+    total = float(whole.sum())
+    return float(part.sum()) / total if total else 0.0

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.linalg import Factors, decompose, shrink, shrink_to_isotropic, truncate
+from care_mla.mapping.latent import share
 
 METRIC_SHRINKAGE = 0.02
 """Of the metric of keys, toward its mean eigenvalue: it must be invertible."""
@@ -69,4 +70,4 @@ def query_factors(
 def relative_query_error(factors: Factors, W: Float[Tensor, "nq D"], input_second: Float[Tensor, "D D"]) -> float:
     """E||q - q'||^2 / E||q||^2, biases left out."""
     lost = W - factors.up @ (factors.encode @ W)
-    return float(((lost @ input_second) * lost).sum() / ((W @ input_second) * W).sum())
+    return share((lost @ input_second) * lost, (W @ input_second) * W)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -113,6 +113,12 @@ class CareMlaConfig(PreTrainedConfig):
             raise malformed("rope_frequencies", turned, "a list of indices for every layer")
 
 
+def source_text_config(source_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a converted model keeps of the source's config.json: all but how the source is stored and who else could run it."""
+    dropped = ("torch_dtype", "quantization_config", "auto_map", "transformers_weights")
+    return {key: value for key, value in source_config.items() if key not in dropped}
+
+
 def converted_config(
     source_config: dict[str, Any],
     plan: RankPlan,
@@ -130,11 +136,7 @@ def converted_config(
         biases: names of the biases that every converted attention has.
         dtype: of the written weights, e.g. "bfloat16".
     """
-    text_config = {
-        key: value
-        for key, value in source_config.items()
-        if key not in ("torch_dtype", "quantization_config", "auto_map")
-    }
+    text_config = source_text_config(source_config)
     mla = {
         "o_bias": "o_proj.bias" in biases,
         "q_lora_rank": q_lora_rank,

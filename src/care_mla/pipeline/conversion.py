@@ -27,6 +27,7 @@ from care_mla.pipeline.queries import low_rank_queries
 from care_mla.pipeline.source import Source, open_source
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
+from care_mla.pipeline.verification import require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
 from care_mla.runtime import memory_named, resolve_device
@@ -84,6 +85,7 @@ def convert(
     require_output(out, Kind.CONVERTED, inputs, overwrite=overwrite)
     opened = open_source(source)
     inputs += inputs_of(source=opened.directory)
+    require_true_spec(opened)
     options = require_recipe(opened, chosen)
     statistics = open_statistics(opened, stats) if stats is not None else None
     if statistics is not None:
@@ -182,6 +184,7 @@ def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, de
 
     windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
     model = load(source.directory, device=device)
+    require_same_weights(source, model)
     with memory_named("the text was read for the refit", device, REFIT_LOWER):
         return Propagation(model, source.family, windows, ridge=recipe.refit_ridge)
 
@@ -207,7 +210,7 @@ class _CheckpointBuilder:
         self.source, self.recipe, self.plan, self.directory = source, recipe, plan, directory
         self.prefix = f"{LANGUAGE_MODEL}."
         family = source.family
-        self.dtype = source.projection(0, "k")[0].dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        self.dtype = source.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.keep_dtypes = recipe.dtype == "auto"
         self.writer = ShardedWriter(directory)
         self.biases: set[str] = set()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from care_mla.checkpoint import CheckpointReader, resolve_source
 from care_mla.checkpoint.reader import read_json
+from care_mla.checkpoint.storage import require_plain_tensor, require_unquantized
 from care_mla.errors import CheckpointError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
@@ -23,19 +24,30 @@ PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, its weights not yet read."""
+    """A model on disk, its weights not yet read.
+
+    Attributes:
+        reader: what transformers loads, under the names of the family's CausalLM, however they are stored.
+        dtype: that transformers loads it in.
+    """
 
     name: str
     directory: Path
     reader: CheckpointReader
     family: FamilySpec
     geometry: Geometry
+    dtype: torch.dtype
 
     def projection(self, layer: int, projection: Projection) -> tuple[Tensor, Tensor | None]:
         """Weight [n, D] ([D, n] of o) and bias (or None) of a projection, as stored."""
         module, rows = self.family.stored(projection, self.geometry)
         prefix = f"{self.family.attention_name(layer)}.{module}"
         whole, bias = self.reader[f"{prefix}.weight"], self.reader.get(f"{prefix}.bias")
+        for name, tensor in (("weight", whole), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"{prefix}.{name} holds NaN or infinite numbers; the checkpoint is damaged, download it again"
+                )
         weight = whole[rows]
         queries = self.geometry.num_heads * self.geometry.head_dim
         n, hidden = (self.geometry.kv_width if projection in ("k", "v") else queries), self.geometry.hidden_size
@@ -63,7 +75,7 @@ class Source:
 
 
 def open_source(source: str | Path) -> Source:
-    """Resolve SOURCE and check, without reading weights, that it can be converted.
+    """Resolve SOURCE and check, without reading weights, that transformers loads it and that it can be converted.
 
     Raises:
         CheckpointError, UnsupportedModelError
@@ -73,9 +85,63 @@ def open_source(source: str | Path) -> Source:
     directory = resolve_source(source)
     config = read_json(directory / "config.json")
     family = get_family(config)
+    require_unquantized(directory, config)
     require_expressible(family, config)
     require_buildable(config)
-    return Source(str(source), directory, CheckpointReader(directory), family, family.geometry(config))
+    geometry = family.geometry(config)
+    reader, dtype = _as_loaded(CheckpointReader(directory), family, geometry)
+    return Source(str(source), directory, reader, family, geometry, dtype)
+
+
+def _as_loaded(
+    reader: CheckpointReader, family: FamilySpec, geometry: Geometry
+) -> tuple[CheckpointReader, torch.dtype]:
+    """What transformers loads of a checkpoint, and in which dtype.
+
+    Raises:
+        CheckpointError: weights are missing, doubled, of another shape, or stored for an attention that has none of that name.
+        UnsupportedModelError: quantized weights.
+    """
+    from care_mla.modeling import take_inventory
+
+    directory = reader.directory
+    found = take_inventory(directory, {name: tensor.shape for name, tensor in reader.stored.items()})
+    for name in found.names.values():
+        require_plain_tensor(directory, name, reader.stored[name].dtype, loaded=True)
+    for name, is_old_buffer in found.ignored.items():
+        if not is_old_buffer:
+            require_plain_tensor(directory, name, reader.stored[name].dtype, loaded=False)
+    for name, (shape, stored) in found.mismatched.items():
+        raise CheckpointError(
+            f"{directory}: {stored} has shape {reader.stored[stored].shape}, config.json asks for {shape} of {name}; one of the two belongs to another model"
+        )
+    if found.missing:
+        hint = ""
+        if not any(f".{layer}." in name for name in found.missing for layer in range(geometry.num_layers)):
+            hint = "; if the model shares it with another weight, config.json must say so (tie_word_embeddings)"
+        raise CheckpointError(
+            f"{directory} has no {found.missing[0]}, which this {family.model_type} model needs ({len(found.missing)} such); the checkpoint is incomplete, "
+            f"or of another architecture than config.json says{hint}"
+        )
+    attentions = tuple(f"{family.attention_name(layer)}." for layer in range(geometry.num_layers))
+    unprefixed = tuple(name.partition(".")[2] for name in attentions)
+    unread = [
+        name
+        for name, is_old_buffer in found.ignored.items()
+        if not is_old_buffer and name.startswith(attentions + unprefixed)
+    ]
+    if unread:
+        raise CheckpointError(
+            f"{directory}: {unread[0]} is stored, but the attention that config.json describes has no such weight, and transformers would leave it "
+            f"out ({len(unread)} such); remove it, or correct config.json (a bias needs its entry, such as attention_bias)"
+        )
+    changed = [name for name in found.converted if name.startswith(attentions)]
+    if changed:
+        raise UnsupportedModelError(
+            f"{directory}: transformers rewrites {changed[0]} while it loads, so the stored weights are not the ones a conversion needs; load the model "
+            "with transformers, call save_pretrained(..., save_original_format=False), and convert what that writes"
+        )
+    return reader.renamed(found.names), found.dtype or reader.first_dtype
 
 
 def lost_features(family: FamilySpec, config: dict[str, Any], layout: Layout) -> list[str]:

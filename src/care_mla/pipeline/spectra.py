@@ -18,6 +18,7 @@ from care_mla.mapping import (
     position_free,
     predicted_loss_increase,
     relative_errors,
+    share,
     split_blocks,
 )
 from care_mla.methods import Metric, get_method
@@ -161,7 +162,7 @@ def layer_record(spectra: LayerSpectra, plan: RankPlan, layer: int) -> dict[str,
     return {
         "ranks": list(plan.ranks[layer]),
         "residual": residuals,
-        "kept_energy": [1.0 - lost / float(e.sum()) for e, lost in zip(energies, residuals, strict=True)],
+        "kept_energy": [1.0 - share(e[rank:], e) for e, rank in zip(energies, plan.ranks[layer], strict=True)],
         "relative_error": {"k": k_error, "v": v_error},
         "predicted_loss_increase": predicted,
         **rotation,

@@ -105,7 +105,7 @@ def spectra(energies: Tensor, ranks: Sequence[int], block: str) -> str:
         count = len(energies)
         colors = plt.get_cmap("viridis")([i / max(1, count - 1) for i in range(count)])
         for layer, row in enumerate(energies.double()):
-            total = row.sum()
+            total = row.sum().clamp_min(1e-300)  # a layer of zeros drops nothing
             left = (row.flip(0).cumsum(0).flip(0) / total).clamp_min(1e-12)
             axes.semilogy(range(len(row)), left, color=colors[layer], linewidth=0.8)
             cut = ranks[layer]
