@@ -113,7 +113,7 @@ CASES = [
         EVALUATION,
         "a tokenizer larger than the embedding",
         EVAL,
-        "they do not belong together",
+        "has no embedding",
         _few_embeddings,
     ),
 ]

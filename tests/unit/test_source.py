@@ -26,8 +26,6 @@ EXTRA = (
     "onnx/model.onnx",
     "model.fp16.safetensors",
     "model.fp16.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "modeling_own.py",
@@ -90,6 +88,12 @@ def test_one_file_of_weights_is_downloaded_alone(hub: Callable[..., Hub]) -> Non
     there = hub(*MODEL, *EXTRA, *SHARDS, "model.safetensors")
     resolve_source("org/name")
     assert there.downloaded == {*MODEL, "model.safetensors"}
+
+
+def test_an_adapter_on_the_hub_is_refused(hub: Callable[..., Hub]) -> None:
+    hub(*MODEL, "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        resolve_source("org/name")
 
 
 def test_config_json_alone(hub: Callable[..., Hub]) -> None:

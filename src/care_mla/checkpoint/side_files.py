@@ -34,20 +34,27 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     Returns:
         What was copied, relative to the source.
     """
-    inside = [path for name in FOLDERS if (source / name).is_dir() for path in (source / name).rglob("*")]
     copied = []
-    for path in sorted([*source.iterdir(), *inside]):
-        if not path.is_file() or not _travels(path.name):
-            continue
-        name = path.relative_to(source)
+    for name in side_files(source):
         with writing(target / name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(path, target / name)
-        copied.append(str(name))
+        copy_file(source / name, target / name)
+        copied.append(name)
     return copied
 
 
-def _travels(name: str) -> bool:
-    wanted = Path(name).suffix.lower() in SUFFIXES or name.upper().startswith(("LICENSE", "NOTICE"))
-    own = name in _OF_THE_SOURCE_ALONE or name.startswith("care_") or _DESCRIBES_STORAGE.search(name)
+def side_files(directory: Path) -> list[str]:
+    """Names below a directory of what travels with its checkpoint."""
+    inside = [path for name in FOLDERS if (directory / name).is_dir() for path in (directory / name).rglob("*")]
+    names = [path.relative_to(directory).as_posix() for path in [*directory.iterdir(), *inside] if path.is_file()]
+    return sorted(name for name in names if is_side_file(name))
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a model directory, by its name there, travels with the checkpoint."""
+    folder, _, last = name.rpartition("/")
+    if folder and folder.partition("/")[0] not in FOLDERS:
+        return False
+    wanted = Path(last).suffix.lower() in SUFFIXES or last.upper().startswith(("LICENSE", "NOTICE"))
+    own = last in _OF_THE_SOURCE_ALONE or last.startswith("care_") or _DESCRIBES_STORAGE.search(last)
     return wanted and not own

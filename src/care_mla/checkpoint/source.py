@@ -5,43 +5,31 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from care_mla.checkpoint.reader import read_json
+from care_mla.checkpoint.side_files import FOLDERS, side_files
 from care_mla.checkpoint.storage import require_no_adapter
 from care_mla.errors import CheckpointError, ConfigError, ConversionError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TEMPLATES = "additional_chat_templates"
-
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""What belongs to a model beside its weights: no .bin (pickle), no code."""
-NOT_SIDE_FILES = ("*.index.json", "adapter_config.json", "trainer_state.json")
-"""Of these: indices of weights in other formats, an adapter, the state of a training run."""
+DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""What is asked of the hub beside the weights: no .bin (pickle), no code. Signs of an adapter come along, and are refused."""
+NOT_DOWNLOADED = ("*/*", "*.index.json", "trainer_state.json")
+"""Of these: folders of other formats and of training runs, indices of other weights."""
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Which files of a directory make the model: side files and the weights that transformers loads, once.
+    """Which files of a directory make the model: config.json, side files and the weights that transformers loads, once.
 
     Raises:
         CheckpointError: a damaged index.
     """
-    names = [
-        path.relative_to(directory).as_posix() for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*"))
-    ]
     weights = [WEIGHTS] if (directory / WEIGHTS).is_file() else [INDEX, *shards(directory)]
-    chosen = [directory / name for name in sorted({*filter(is_side_file, names), *weights})]
-    return [path for path in chosen if path.is_file()]
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file of a repository belongs to the model beside its weights. Of folders only that of chat templates does."""
-    if "/" in name:
-        return name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja") and name.count("/") == 1
-    return any(fnmatch(name, one) for one in SIDE_FILES) and not any(fnmatch(name, one) for one in NOT_SIDE_FILES)
+    names = sorted({CONFIG, *side_files(directory), *weights})
+    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def shards(directory: Path) -> list[str]:
@@ -167,14 +155,14 @@ def _download(repository: str, revision: str | None, *, config_only: bool) -> Pa
         return Path(snapshot_download(repository, revision=at, allow_patterns=patterns, ignore_patterns=besides))
 
     try:
-        directory = get([CONFIG] if config_only else [*SIDE_FILES], revision, ["*/*", *NOT_SIDE_FILES])
+        directory = get([CONFIG] if config_only else [*DOWNLOADED], revision, [*NOT_DOWNLOADED])
         if not (directory / CONFIG).is_file():
             raise CheckpointError(
                 f"{repository} has no config.json on the Hugging Face hub; it is no model of transformers"
             )
         if not config_only:
             at = directory.name  # the commit: a branch may move between two downloads
-            get([f"{TEMPLATES}/*.jinja"], at)
+            get([f"{folder}/*.jinja" for folder in FOLDERS], at)
             get([WEIGHTS, INDEX], at)
             if names := shards(directory):
                 get([escape(name) for name in names], at)

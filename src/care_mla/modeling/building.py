@@ -97,8 +97,13 @@ def _rotary(model: PreTrainedModel, config: PreTrainedConfig, path: str) -> nn.M
 def _run_attention(config: dict[str, Any], family: FamilySpec) -> None:
     """Two positions through the rotary module, near and far, and, on meta, the first and last attention."""
     model, made = _on_meta(config), AutoConfig.for_model(**config)
-    rotary = _rotary(model, made, family.rotary)
-    layers = cast(nn.ModuleList, model.get_submodule(family.layers))
+    try:
+        rotary = _rotary(model, made, family.rotary)
+        layers = cast(nn.ModuleList, model.get_submodule(family.layers))
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the family spec of {family.model_type} names modules that transformers' model has not: {error}"
+        ) from error
     hidden = torch.zeros(1, 2, made.hidden_size, dtype=model.dtype, device="meta")
     for index, far in ((0, 1), (len(layers) - 1, made.max_position_embeddings)):  # longrope has other factors there
         more = (made.layer_types[index],) if family.rope_by_layer_type else ()
