@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,39 +239,6 @@ def test_damaged_weights_are_named(
     text = ["--calibration", text_file, "--samples", 2, "--seqlen", 32]
     printed = care("convert", source, "--out", tmp_path / "out", "--rank", 4, *text, code=1)
     assert message in printed and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(how: signal.Signals, source: Path, tmp_path: Path, text_file: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    process = subprocess.Popen(
-        [
-            *CARE,
-            "calibrate",
-            source,
-            "--out",
-            work / "out",
-            "--calibration",
-            text_file,
-            "--samples",
-            "100000",
-            "--seqlen",
-            "64",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(work.iterdir()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
-    assert list(work.iterdir()) == []
 
 
 def test_fewer_documents_than_asked_reach_the_user(care: Care, tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
-from care_mla.errors import CheckpointError
+from care_mla.errors import CheckpointError, ConfigError
 from care_mla.files import beside, sync, write_json, writing
 
 MARK = "care_files.json"
@@ -321,15 +321,24 @@ def require_output(out: Path, kind: Kind, inputs: Inputs = (), *, overwrite: boo
 
 
 @contextmanager
-def claim(out: Path, kind: Kind, inputs: Inputs = (), *, overwrite: bool = False) -> Iterator[Claim]:
+def claim(
+    out: Path, kind: Kind, inputs: Inputs = (), *, overwrite: bool = False, shared: bool = False
+) -> Iterator[Claim]:
     """Hold an output directory while it is made; what a killed process left of it is removed.
 
     Args:
         inputs: what the command reads; none of it may be, hold or lie around `out`.
+        shared: whether the processes that torchrun started share this work; then one of them calls this.
 
     Raises:
         CheckpointError: it may not be written, see `require_output`, or another process is writing it.
+        ConfigError: several processes would each do all of the work.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and not shared:
+        raise ConfigError(
+            f"{processes} processes were started, and each would write {out}; start one (`care heal` alone shares work)"
+        )
     require_output(out, kind, inputs, overwrite=overwrite)
     whole = _resolved(out)
     made = [path for path in whole.parents if not path.exists()]

@@ -186,7 +186,9 @@ def _heal(
         track, meter = silent, None
     mine = [claimed] if claimed is not None else []
     if claimed is None:
-        on_main(lambda: mine.append(held.enter_context(claim(out, Kind.HEALED, inputs, overwrite=overwrite))))
+        on_main(
+            lambda: mine.append(held.enter_context(claim(out, Kind.HEALED, inputs, overwrite=overwrite, shared=True)))
+        )
     on_main(lambda: _prepare_work(work, chosen, opened, started if resume else None, overwrite=overwrite))
     with _memory_named(chosen):
         try:
