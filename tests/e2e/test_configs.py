@@ -95,7 +95,8 @@ def _mutated(config: dict[str, Any], dice: random.Random) -> dict[str, Any]:
             config["rope_scaling" if dice.random() < 0.5 else "rope_parameters"] = deepcopy(dice.choice(ROPE))
         elif how == 3:
             words = ("full_attention", "sliding_attention", "linear_attention", "no such", None, 3)
-            count = dice.choice((0, 1, int(config.get("num_hidden_layers") or 1) % 1000))
+            layers = config.get("num_hidden_layers")
+            count = dice.choice((0, 1, layers % 1000 if isinstance(layers, int) else 1))
             config["layer_types"] = [dice.choice(words[: dice.choice((1, 2, 6))]) for _ in range(count)]
         elif how == 4:
             new = dice.choice(
