@@ -11,7 +11,7 @@ from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import versions
 from care_mla.pipeline.source import Source, lost_features, open_source
-from care_mla.pipeline.verification import require_same_weights, require_true_spec
+from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.stats import StatisticsStore, StatisticsWriter
 
@@ -75,6 +75,7 @@ def write_statistics(
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
     model = load(source.directory, dtype=dtype, device=device)
     require_same_weights(source, model)
+    require_runs(source, model)
     if windows is None:
         windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
     taps: list[NormalizedKeysTap] = []
