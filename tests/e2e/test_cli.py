@@ -218,8 +218,12 @@ def test_statistics_of_another_model(
     assert "calibrated on another model" in printed and not (tmp_path / "out").exists()
 
 
-def _overflow(tensors: dict[str, Tensor]) -> None:
+def _damage(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
+
+
+def _overflow(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = 3e38
 
 
 def _lose(tensors: dict[str, Tensor]) -> None:
@@ -228,7 +232,11 @@ def _lose(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_overflow, "layer 2: non-finite activations"), (_lose, "model.layers.1.self_attn.k_proj.weight")],
+    [
+        (_damage, "model.layers.1.mlp.down_proj.weight holds NaN or infinite numbers"),
+        (_overflow, "layer 2: non-finite activations"),
+        (_lose, "model.layers.1.self_attn.k_proj.weight"),
+    ],
 )
 def test_damaged_weights_are_named(
     damage: Callable[[dict[str, Tensor]], None], message: str, care: Care, source: Path, tmp_path: Path, text_file: Path

@@ -159,7 +159,9 @@ CASES = [
         lambda place: save_file({"x": torch.ones(1)}, place.source / "shard-00000-model-00001-of-00001.safetensors"),
     ),
     Refusal(STORED, "a missing projection", CONVERT, f"SOURCE has no {K_PROJ}", _without(K_PROJ)),
-    Refusal(STORED, "a model without its head", CALIBRATE, "has no lm_head.weight", _weights(_base_model_alone)),
+    Refusal(
+        STORED, "a model without its head", CALIBRATE, "must say so (tie_word_embeddings)", _weights(_base_model_alone)
+    ),
     Refusal(
         STORED,
         "a bias that config.json does not ask for",

@@ -83,7 +83,7 @@ def test_prefixes_that_transformers_adds_or_takes_away(
     elif written == "prefix on the head":
         tensors["model.lm_head.weight"] = tensors.pop("lm_head.weight")
     else:
-        tensors = {f"model.{name}" if name == "lm_head.weight" else name: tensor for name, tensor in tensors.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, path, {"format": "pt"})
     _same_as_transformers(directory)
     out = tmp_path / "converted"

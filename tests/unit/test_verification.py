@@ -25,7 +25,7 @@ from care_mla.families.qwen3 import QWEN3
 from care_mla.families.smollm3 import SMOLLM3
 from care_mla.modeling import load
 from care_mla.pipeline.source import open_source
-from care_mla.pipeline.verification import require_same_weights, require_true_spec
+from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
 
 GPT_NEOX = FamilySpec(
     model_type="gpt_neox",
@@ -140,3 +140,12 @@ def test_a_spec_says_nothing_of_weights(tiny: Callable[..., Path]) -> None:
     (directory / "model.safetensors").unlink()
     require_true_spec(source)
     assert get_family(source.reader.config) is LLAMA and isinstance(source.reader, CheckpointReader)
+
+
+def test_a_precision_that_transformers_cannot_run(tiny: Callable[..., Path]) -> None:
+    source = open_source(tiny("mixtral"))
+    model = load(source.directory, dtype=torch.float64)
+    require_runs(source, load(source.directory))
+    model.lm_head = torch.nn.Linear(7, 7)
+    with pytest.raises(CheckpointError, match="does not run in float64 on cpu: .*dtype in config.json"):
+        require_runs(source, model)

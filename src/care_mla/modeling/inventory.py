@@ -29,6 +29,7 @@ class Inventory:
         ignored: stored tensors that are not loaded -> whether transformers expects such leftovers.
         missing: weights of the model that the checkpoint has not.
         mismatched: name -> (shape of the model, name as stored), where the stored one has another.
+        shareable: weights that a model of this class may share with another, if its config.json says so.
         dtype: that the model is loaded in when none is asked for; None: as its first tensor is stored.
     """
 
@@ -37,6 +38,7 @@ class Inventory:
     ignored: Mapping[str, bool]
     missing: tuple[str, ...]
     mismatched: Mapping[str, tuple[tuple[int, ...], str]]
+    shareable: frozenset[str]
     dtype: torch.dtype | None
 
 
@@ -93,7 +95,11 @@ class _Loading:
     def spelled(self, stored: str, weight: str) -> str:
         """The stored name with the prefix that the model's class has, and transformers adds or takes away where it must."""
         prefix = f"{self.prefix}."
-        candidates = (stored, prefix + stored, stored.removeprefix(prefix))
+        candidates = (
+            stored.removeprefix(prefix),
+            stored,
+            prefix + stored,
+        )  # a prefix that is there twice is taken away
         fitting = (c for c in candidates if c.startswith(prefix) == weight.startswith(prefix))
         return next((c for c in fitting if self.weight(c)[0] == weight), stored)
 
@@ -135,9 +141,10 @@ def take_inventory(directory: Path, stored: Mapping[str, tuple[int, ...]]) -> In
         if stored[name] != loading.shapes[weight]:
             mismatched[weight] = (loading.shapes[weight], name)
     missing = tuple(sorted(set(loading.shapes) - found - _excused(model, found)))
+    shareable = frozenset(model._tied_weights_keys or ())
     dtype = getattr(config, "dtype", None)
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return Inventory(names, frozenset(converted), ignored, missing, mismatched, dtype)
+    return Inventory(names, frozenset(converted), ignored, missing, mismatched, shareable, dtype)
 
 
 def _is_old_buffer(model: PreTrainedModel, name: str) -> bool:

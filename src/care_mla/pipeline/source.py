@@ -116,9 +116,12 @@ def _as_loaded(
             f"{directory}: {stored} has shape {reader.stored[stored].shape}, config.json asks for {shape} of {name}; one of the two belongs to another model"
         )
     if found.missing:
-        hint = ""
-        if not any(f".{layer}." in name for name in found.missing for layer in range(geometry.num_layers)):
-            hint = "; if the model shares it with another weight, config.json must say so (tie_word_embeddings)"
+        shared = set(found.missing) <= found.shareable
+        hint = (
+            "; if the model shares it with another weight, config.json must say so (tie_word_embeddings)"
+            if shared
+            else ""
+        )
         raise CheckpointError(
             f"{directory} has no {found.missing[0]}, which this {family.model_type} model needs ({len(found.missing)} such); the checkpoint is incomplete, "
             f"or of another architecture than config.json says{hint}"

@@ -12,7 +12,7 @@ from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
 from care_mla.pipeline.artifacts import inputs_of, versions
 from care_mla.pipeline.source import Source, lost_features, open_source
-from care_mla.pipeline.verification import require_same_weights, require_true_spec
+from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 from care_mla.stats import StatisticsStore, StatisticsWriter
@@ -90,6 +90,7 @@ def write_statistics(
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
     model = load(source.directory, dtype=dtype, device=device)
     require_same_weights(source, model)
+    require_runs(source, model)
     lower = f"lower --batch-size (now {settings.batch_size}) or --seqlen (now {settings.seqlen}), or choose another --device"
     if windows is None:
         with memory_named("text was sampled from the model", device, "lower --seqlen, or choose another --device"):

@@ -105,3 +105,23 @@ def require_same_weights(source: Source, model: Any) -> None:
                         f"{source.name}: {source.family.attention_name(layer)}.{module}.{kind} as transformers loaded it is not what is stored for "
                         f"{projection}; the checkpoint is read in two ways, save it anew with save_pretrained"
                     )
+
+
+def require_runs(source: Source, model: Any) -> None:
+    """Refuse a loaded model that transformers cannot run in its precision on its device, before it is given a text.
+
+    Raises:
+        CheckpointError
+    """
+    parameter = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=parameter.device), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{source.name} is loaded but does not run in {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}: {reason}; change "
+            "dtype in config.json, or calibrate with another --dtype or --device"
+        ) from error
