@@ -48,6 +48,12 @@ def _hears_interrupts() -> None:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their figures, which take longer to draw than a tiny model to convert."""
+    monkeypatch.setattr("care_mla.report.figures._svg", lambda draw, **_: "<svg></svg>")
+
+
+@pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """tiny("qwen3", num_key_value_heads=1) -> directory of a random model with a byte tokenizer."""
 

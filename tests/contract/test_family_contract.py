@@ -22,6 +22,8 @@ from care_mla.mapping import EXPRESSES, REFUSES
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.pipeline import require_expressible
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 

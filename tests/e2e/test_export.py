@@ -17,6 +17,8 @@ import care_mla
 from care_mla.errors import CheckpointError, ConfigError, RankError, UnsupportedModelError
 from care_mla.evaluation import measure_cache
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 STOCK = """
 import sys
 import torch

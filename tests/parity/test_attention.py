@@ -11,6 +11,8 @@ from care_mla.errors import ConfigError
 from care_mla.modeling import CACHE_NAME, CareMlaConfig, CareMlaForCausalLM, LatentCache, cache_of
 from care_mla.modeling import attention as attention_module
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

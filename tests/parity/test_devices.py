@@ -15,6 +15,8 @@ from torch import Tensor
 import care_mla
 from care_mla.modeling import CACHE_NAME, CareMlaConfig, CareMlaForCausalLM, cache_of
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

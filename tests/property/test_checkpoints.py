@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 import care_mla
 from care_mla.errors import ConversionError
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 CASES = int(os.environ.get("CARE_PROPERTY_CASES", 24))
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
 BASES = (
