@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 from jaxtyping import install_import_hook
 
@@ -49,8 +50,14 @@ def _hears_interrupts() -> None:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without their figures, which take longer to draw than a tiny model to convert."""
-    monkeypatch.setattr("care_mla.report.figures._svg", lambda draw, **_: "<svg></svg>")
+    """Reports with what their figures are told in place of the figures, which take longer to draw than a tiny model to convert."""
+
+    def told(draw: Callable[[Any], None], **_: float) -> str:
+        axes = MagicMock()
+        draw(axes)
+        return f"<svg><!-- {axes.mock_calls} --></svg>"
+
+    monkeypatch.setattr("care_mla.report.figures._svg", told)
 
 
 @pytest.fixture
