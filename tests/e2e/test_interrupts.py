@@ -108,23 +108,18 @@ def test_full_terminals_and_closed_pipes(tiny: Callable[..., Path]) -> None:
 
 
 def test_several_processes(converted: Callable[[str], Path], tmp_path: Path, text_file: Path) -> None:
-    """Under torchrun the lock and the rule of --overwrite hold, and what does not share work says so."""
+    """Under torchrun the lock holds for all processes, though one of them takes it."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "care_mla.cli"]
     heal = ["heal", converted("joint"), "--data", text_file, "--tokens", 128, "--seqlen", 32, "--batch-size", 2]
-    heal += ["--eval-blocks", 1, "--device", "cpu", "--out"]
-
-    def refused(*words: object) -> str:
-        command = [*run, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        assert done.returncode != 0
-        return done.stderr
-
+    command = [*run, *map(str, heal), "--eval-blocks", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
     with locked(tmp_path / "out"):
-        assert "another care process" in refused(*heal, tmp_path / "out")
-    theirs = tmp_path / "theirs" / "thesis.tex"
-    theirs.parent.mkdir()
-    theirs.touch()
-    assert "care wrote" in refused(*heal, tmp_path / "theirs", "--overwrite")
-    convert = ["convert", converted("source"), "--kv-save", 0.5, "--calibration", text_file, "--out", tmp_path / "out"]
-    assert "2 processes were started" in refused(*convert)
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"] and theirs.is_file()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode != 0 and "another care process" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_shares_no_work_refuses_several_processes(
+    care: Care, words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were started" in care(*words, code=1)
