@@ -90,8 +90,9 @@ def write_statistics(
     windows = None if from_model else make_windows(settings.calibration, tokenizer, **corpus, track=track)
     model = load(source.directory, dtype=dtype, device=device)
     require_same_weights(source, model)
-    require_runs(source, model)
     lower = f"lower --batch-size (now {settings.batch_size}) or --seqlen (now {settings.seqlen}), or choose another --device"
+    with memory_named("the model was tried", device, lower):
+        require_runs(source, model)
     if windows is None:
         with memory_named("text was sampled from the model", device, "lower --seqlen, or choose another --device"):
             windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
