@@ -22,7 +22,7 @@ from care_mla import files
 from care_mla.checkpoint import Kind, claim, locked, scratch
 from care_mla.checkpoint import outputs as outputs_module
 from care_mla.checkpoint.outputs import MARK, mark, remove, require_apart
-from care_mla.errors import CheckpointError
+from care_mla.errors import CheckpointError, ConfigError
 
 
 def _make(out: Path, kind: Kind = Kind.CONVERTED, *, overwrite: bool = False, content: str = "new") -> None:
@@ -248,16 +248,16 @@ def test_inputs_are_never_replaced_nor_written_into(tmp_path: Path, monkeypatch:
     (tmp_path / "alias").symlink_to(source)
     inputs = [("the source", source), ("the text", text), ("the absent", tmp_path / "absent")]
     for out in (source, tmp_path / "models", tmp_path / "alias", tmp_path, text.parent, blob.parent):
-        with pytest.raises(CheckpointError, match="would replace the"):
+        with pytest.raises(ConfigError, match="would replace the"):
             require_apart(out, inputs)
     for out in (source / "new", tmp_path / "alias" / "deep" / "new"):
-        with pytest.raises(CheckpointError, match="lies inside the source"):
+        with pytest.raises(ConfigError, match="lies inside the source"):
             require_apart(out, inputs)
     for out in (tmp_path / "models" / "other", text.parent / "new", tmp_path / "source"):
         require_apart(out, inputs)
     monkeypatch.chdir(text.parent)
     for here in (Path("."), Path(".."), text.parent):
-        with pytest.raises(CheckpointError, match="current directory"):
+        with pytest.raises(ConfigError, match="current directory"):
             require_apart(here, [])
 
 

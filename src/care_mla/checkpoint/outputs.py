@@ -135,7 +135,7 @@ def require_apart(out: Path, inputs: Inputs, *, option: str = "--out") -> None:
     """Refuse a target that holds, is or lies inside an input, or the directory that the user stands in.
 
     Raises:
-        CheckpointError
+        ConfigError
     """
     try:
         whole = _resolved(out)
@@ -143,12 +143,12 @@ def require_apart(out: Path, inputs: Inputs, *, option: str = "--out") -> None:
             if not given.exists():  # whoever reads it says why
                 continue
             if _holds(_resolved(given), whole) and given.is_dir() and _resolved(given) != whole:
-                raise CheckpointError(f"{option} {out} lies inside {name} {given}; choose another directory")
+                raise ConfigError(f"{option} {out} lies inside {name} {given}; choose another directory")
             for path in (given, *(given.iterdir() if given.is_dir() else ())):
                 if _holds(whole, _resolved(path)):
-                    raise CheckpointError(f"{option} {out} would replace {name} {given}; choose another directory")
+                    raise ConfigError(f"{option} {out} would replace {name} {given}; choose another directory")
         if _holds(whole, Path.cwd()):
-            raise CheckpointError(f"{option} {out} is, or holds, the current directory; choose another directory")
+            raise ConfigError(f"{option} {out} is, or holds, the current directory; choose another directory")
     except (OSError, ValueError, RuntimeError) as error:
         raise _unusable(out, option, error) from error
 
