@@ -22,7 +22,7 @@ from care_mla import files
 from care_mla.checkpoint import Kind, claim, locked, scratch
 from care_mla.checkpoint import outputs as outputs_module
 from care_mla.checkpoint.outputs import MARK, mark, remove, require_apart
-from care_mla.errors import CheckpointError, ConfigError
+from care_mla.errors import CheckpointError, ConfigError, ConversionError
 
 
 def _make(out: Path, kind: Kind = Kind.CONVERTED, *, overwrite: bool = False, content: str = "new") -> None:
@@ -265,7 +265,7 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").touch()
     for out in (tmp_path / ("x" * 300), tmp_path / "loop", tmp_path / "loop" / "out", tmp_path / "file" / "out", Path("a\0b"), Path("/")):  # fmt: skip
-        with pytest.raises(CheckpointError, match="^--out "):
+        with pytest.raises(ConversionError, match="^--out "):
             _make(out)
     _make(tmp_path / ("x" * 250))
     _make(tmp_path / os.fsdecode(b"caf\xe9"))
