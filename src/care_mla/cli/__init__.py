@@ -41,7 +41,6 @@ def _run() -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays deaf
             signal.signal(number, _as_interrupt)
-    import click
     import typer
 
     from care_mla.cli.terminal import take_any_character
@@ -57,7 +56,7 @@ def _run() -> int:
         return int(code or 0)
     except ConversionError as error:
         return _complain(error, head="error: ")
-    except (click.Abort, typer.Abort) as abort:
+    except typer.Abort as abort:
         raise KeyboardInterrupt from abort
     except (BrokenPipeError, Interrupted):
         raise
