@@ -76,7 +76,7 @@ def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("CARE_DEBUG", "1")  # what nobody foresaw is a failure, not a sentence
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import Event
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+STOP = Event()
+"""Set when the command was told to stop. What a signal raises can be lost in a library's callback; the bars look here at every item."""
+
+
+def heed_stop() -> None:
+    """
+    Raises:
+        KeyboardInterrupt: `STOP` is set.
+    """
+    if STOP.is_set():
+        raise KeyboardInterrupt
 
 
 class Track(Protocol):
@@ -39,7 +52,9 @@ def rich_track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        yield from progress.track(items, total=total, description=description)
+        for item in progress.track(items, total=total, description=description):
+            heed_stop()
+            yield item
 
 
 class Meter(Protocol):
@@ -69,6 +84,7 @@ def rich_meter(total: int, unit: str) -> Iterator[Meter]:
         task = progress.add_task("Healing", total=total, numbers="")
 
         def show(done: int, values: dict[str, float]) -> None:
+            heed_stop()
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             progress.update(task, completed=done, numbers=numbers)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_signal_leaves_nothing(how: signal.Signals, words: list[object], tmp_p
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_interrupt_that_a_library_swallows_is_heeded_at_the_next_item(
+    care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallowed(*_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("care_mla.calibration.collect._announce", swallowed)
+    words = ["calibrate", tiny(), "--calibration", text_file, "--samples", 4, "--seqlen", 32, "--batch-size", 1]
+    assert "interrupted" in care(*words, "--out", tmp_path / "out", code=130) and not (tmp_path / "out").exists()
 
 
 def test_nohup_stays_deaf(words: list[object]) -> None:

@@ -10,6 +10,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from care_mla.progress import STOP
+
 if TYPE_CHECKING:
     import typer
 
@@ -38,7 +40,8 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command that was typed; its exit code."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    STOP.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays deaf
             signal.signal(number, _as_interrupt)
     import typer
@@ -90,6 +93,7 @@ def _complain(text: object, *, head: str = "", code: int = 1) -> int:
 
 
 def _as_interrupt(signum: int, frame: Any) -> None:
+    STOP.set()
     raise KeyboardInterrupt
 
 
