@@ -35,10 +35,16 @@ def statistics(real_model: Path, text: Path, tmp_path_factory: pytest.TempPathFa
 
 @torch.no_grad()
 def test_kv_parity_reproduces_the_logits(real_model: Path, statistics: Path, tmp_path: Path) -> None:
+    """At the full KV rank the function is the source's: in float64 the logits differ by the rounding of the stored factors alone, in float32 by
+    no more than twice what the source's own differ from its float64 (the largest is about 7e-5, at logits of 25)."""
     care_mla.convert(real_model, tmp_path / "full", stats=statistics, rank=192)
     ids = torch.randint(100, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
-    expected = care_mla.load(real_model)(ids).logits
-    torch.testing.assert_close(care_mla.load(tmp_path / "full")(ids).logits, expected, atol=1e-4, rtol=0)
+    source, converted = care_mla.load(real_model), care_mla.load(tmp_path / "full")
+    in_float32 = source(ids).logits.double(), converted(ids).logits.double()
+    exact = source.double()(ids).logits
+    torch.testing.assert_close(converted.double()(ids).logits, exact, atol=5e-5, rtol=0)
+    rounding, error = ((logits - exact).square().mean().sqrt() for logits in in_float32)
+    assert error <= 2 * rounding
 
 
 def test_half_the_cache(real_model: Path, statistics: Path, text: Path, tmp_path: Path) -> None:
