@@ -25,8 +25,7 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python examples/demo.py --model $(MODEL) --out build/demo
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest -n auto --ignore tests/e2e/test_real_model.py
-	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest tests/e2e/test_real_model.py  # alone: it uses all cores itself
+	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"  # what is slow: pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 from jaxtyping import install_import_hook
 
@@ -26,7 +25,8 @@ with _hook:
 import pytest
 import torch
 import transformers
-from tiny import TINY, write_tiny_model
+from shelf import Shelf
+from tiny import TINY, leave_out_figures, write_tiny_model
 
 import care_mla
 from care_mla.cli import main
@@ -40,6 +40,7 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # tiny models lose by threads; pytest-xdist uses the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that tests start
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,12 +53,7 @@ def _hears_interrupts() -> None:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports with what their figures are told in place of the figures, which take longer to draw than a tiny model to convert."""
 
-    def told(draw: Callable[[Any], None], **_: float) -> str:
-        axes = MagicMock()
-        draw(axes)
-        return f"<svg><!-- {axes.mock_calls} --></svg>"
-
-    monkeypatch.setattr("care_mla.report.figures._svg", told)
+    leave_out_figures(monkeypatch)
 
 
 @pytest.fixture
@@ -108,6 +104,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         " ".join(f"line {i} of {i * i % 97} words, {chr(97 + i % 26) * (i % 7)}" for i in range(2000)), encoding="utf-8"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Shelf:
+    """What this session's workers share; what they make there is not changed by a test."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Shelf(shared / "contract", text_file)
 
 
 @pytest.fixture(scope="session")

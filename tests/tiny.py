@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -143,3 +146,14 @@ def write_tiny_model(directory: Path, name: str, **changes: Any) -> Path:
     tiny_model(name, **changes).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
+    """Reports hold what their figures are told in place of the figures, which take longer to draw than a tiny model to convert."""
+
+    def told(draw: Callable[[Any], None], **_: float) -> str:
+        axes = MagicMock()
+        draw(axes)
+        return f"<svg><!-- {axes.mock_calls} --></svg>"
+
+    patch.setattr("care_mla.report.figures._svg", told)

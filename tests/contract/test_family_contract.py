@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from shelf import Shelf
 from tiny import TINY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,11 +26,6 @@ from care_mla.pipeline import require_expressible
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
-
-
-def _convert(source: Path, out: Path, text: Path, **recipe: Any) -> Path:
-    care_mla.convert(source, out, calibration={"calibration": str(text), "samples": 16, "seqlen": 48}, **recipe)
-    return out
 
 
 def _kv_width(source: Path) -> int:
@@ -62,19 +58,15 @@ def _family(source: Path) -> tuple[FamilySpec, dict[str, Any]]:
 
 
 @pytest.fixture(params=["split", "joint", "mla"])
-def parity_pair(
-    request: pytest.FixtureRequest, family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> tuple[Any, Any]:
+def parity_pair(request: pytest.FixtureRequest, family: str, shelf: Shelf) -> tuple[Any, Any]:
     """Source and its conversion at full rank (mla: all keys rotary, values at full rank), which must not differ."""
-    source = _mla_or_skip(tiny(family)) if request.param == "mla" else tiny(family)
+    source = _mla_or_skip(shelf.source(family)) if request.param == "mla" else shelf.source(family)
     n = _kv_width(source)
     options: dict[str, Any] = {"rank": n}
     if request.param == "mla":
         elements = care_mla.inspect(source).geometry.num_layers * (2 * n + _key_scales(source))
         options = {"cache_elements": elements, "qk_rope_head_dim": n, "ranks": "uniform"}
-    return care_mla.load(source), care_mla.load(
-        _convert(source, tmp_path / "full", text_file, layout=request.param, **options)
-    )
+    return care_mla.load(source), care_mla.load(shelf.converted(family, layout=request.param, **options))
 
 
 def _ids(*shape: int) -> Tensor:
@@ -137,8 +129,8 @@ def _generations_agree(source: Any, converted: Any) -> None:
 
 
 @torch.no_grad()
-def test_left_padding_does_not_matter(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
-    converted = care_mla.load(_convert(tiny(family), tmp_path / "out", text_file, kv_save=0.5))
+def test_left_padding_does_not_matter(family: str, shelf: Shelf) -> None:
+    converted = care_mla.load(shelf.converted(family, kv_save=0.6, layout="joint", min_rank=1))
     ids = _ids(1, 9)
     padded = torch.cat([torch.full((1, 4), 2), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)], dim=1)
@@ -149,13 +141,11 @@ def test_left_padding_does_not_matter(family: str, tiny: Callable[..., Path], tm
 
 
 @torch.no_grad()
-def test_truncation_equals_a_low_rank_edit_of_the_source(
-    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
-    source = tiny(family)
+def test_truncation_equals_a_low_rank_edit_of_the_source(family: str, layout: str, shelf: Shelf) -> None:
+    source = shelf.source(family)
     spec, config = _family(source)
     geometry = spec.geometry(config)
-    out = _convert(source, tmp_path / "out", text_file, rank=max(1, geometry.kv_width // 3), layout=layout, refit=True)
+    out = shelf.converted(family, rank=max(1, geometry.kv_width // 3), layout=layout, refit=True)
     written = load_file(out / "model.safetensors")
     edited = care_mla.load(source)
     for layer in range(3):
@@ -178,12 +168,10 @@ def test_truncation_equals_a_low_rank_edit_of_the_source(
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt_oss", "olmo2"])
-def test_refit_of_an_exact_conversion_changes_nothing(
-    name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_refit_of_an_exact_conversion_changes_nothing(name: str, shelf: Shelf) -> None:
     """Fused rows, sinks and norms: the attention that is refitted is the one that was converted."""
-    source = tiny(name)
-    out = _convert(source, tmp_path / "out", text_file, rank=_kv_width(source), refit=True)
+    source = shelf.source(name)
+    out = shelf.converted(name, rank=_kv_width(source), refit=True)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     for layer in json.loads((out / "care_manifest.json").read_text())["layers"]:
         assert layer["output_error"]["before"] < 1e-6
@@ -193,10 +181,9 @@ def test_refit_of_an_exact_conversion_changes_nothing(
 
 @torch.no_grad()
 def test_reload_equals_original_and_cache_holds_latents_only(
-    family: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+    family: str, layout: str, shelf: Shelf, tmp_path: Path
 ) -> None:
-    out = _convert(tiny(family), tmp_path / "out", text_file, kv_save=0.6, layout=layout, min_rank=1)
-    converted = care_mla.load(out)
+    converted = care_mla.load(shelf.converted(family, kv_save=0.6, layout=layout, min_rank=1))
     converted.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ids = _ids(2, 7)
@@ -204,7 +191,7 @@ def test_reload_equals_original_and_cache_holds_latents_only(
     usage = measure_cache(converted, _ids(1, 7))
     assert usage.layer_widths == converted.config.kv_lora_rank
     assert len(set(usage.layer_widths)) > 1, "ranks were meant to differ between layers"
-    spec, config = _family(tmp_path / f"source-{family}")
+    spec, config = _family(shelf.source(family))
     rotations = (
         2 * 8 if "length-dependent RoPE" in spec.features(config) else 0
     )  # cos and sin of phi3-partial's 4 pairs
@@ -213,19 +200,17 @@ def test_reload_equals_original_and_cache_holds_latents_only(
 
 @torch.no_grad()
 @pytest.mark.parametrize("rope", ["free", "stock", "transmla"])
-def test_mla_reads_its_cache_as_it_prefills(
-    family: str, rope: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_mla_reads_its_cache_as_it_prefills(family: str, rope: str, shelf: Shelf, tmp_path: Path) -> None:
     """Truncated: absorbed decoding equals expanded prefill; what is cached is latent and rotary key; reloads; padding."""
-    source = _mla_or_skip(tiny(family))
+    source = _mla_or_skip(shelf.source(family))
     scales = _key_scales(source)
     rope_width = care_mla.inspect(source).geometry.head_dim // 2
-    options = {"layout": "mla", "kv_save": 0.3, "qk_rope_head_dim": rope_width, "rope": rope, "context": 64}
-    converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
+    out = shelf.converted(family, layout="mla", kv_save=0.3, qk_rope_head_dim=rope_width, rope=rope, context=64)
+    converted = care_mla.load(out)
     ids = _ids(2, 24)
     expected = converted(ids, use_cache=False).logits
     torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)
-    assert "rotary key" in (tmp_path / "out" / "care_report.html").read_text()
+    assert "rotary key" in (out / "care_report.html").read_text()
     usage = measure_cache(converted, _ids(1, 7))
     assert usage.layer_widths == [rank + rope_width + scales for rank in converted.config.kv_lora_rank]
     assert usage.bytes_per_token == 4 * sum(usage.layer_widths)
@@ -251,13 +236,11 @@ MLA_LOSES = {
 
 
 @pytest.mark.parametrize("name", sorted(MLA_LOSES))
-def test_what_mla_cannot_express_is_refused(
-    name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_what_mla_cannot_express_is_refused(name: str, shelf: Shelf, tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedModelError, match="which layout mla cannot express; choose --layout split or joint"
     ) as error:
-        _convert(tiny(name), tmp_path / "out", text_file, kv_save=0.5, layout="mla")
+        care_mla.convert(shelf.source(name), tmp_path / "out", kv_save=0.5, layout="mla")
     assert all(
         feature in str(error.value) and REFUSES["mla"][feature] in str(error.value) for feature in MLA_LOSES[name]
     )
@@ -275,24 +258,23 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize(("rope_type", "more"), [("dynamic", {"factor": 2.0}), ("yarn", {"factor": 4.0})])
-def test_mla_and_rope_scaling(
-    rope_type: str, more: dict[str, float], tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_mla_and_rope_scaling(rope_type: str, more: dict[str, float], shelf: Shelf, tmp_path: Path) -> None:
     """YaRN is exact, its attention factor included; frequencies that change with the length are refused."""
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "original_max_position_embeddings": 32, **more}
-    source = tiny("llama", rope_parameters=rope)
-    options = {"layout": "mla", "ranks": "uniform", "rank": 32, "qk_rope_head_dim": 32}
+    changes = {"rope_parameters": rope}
+    source = shelf.source("llama", **changes)
+    options: dict[str, Any] = {"layout": "mla", "ranks": "uniform", "rank": 32, "qk_rope_head_dim": 32}
     if rope_type == "dynamic":
         with pytest.raises(UnsupportedModelError, match="changes the frequencies"):
-            _convert(source, tmp_path / "out", text_file, **options)
+            care_mla.convert(source, tmp_path / "out", **options)
         return
-    converted = care_mla.load(_convert(source, tmp_path / "out", text_file, **options))
+    converted = care_mla.load(shelf.converted("llama", changes=changes, **options))
     ids = _ids(2, 24)
     expected = care_mla.load(source)(ids).logits
     torch.testing.assert_close(converted(ids).logits, expected, **TOLERANCE)
     # Where every token stands at position 0 nothing turns, and position-free keys are exact with the factor alone.
     options = {"layout": "mla", "ranks": "uniform", "cache_elements": 3 * (64 + 2), "qk_rope_head_dim": 2}
-    partial = care_mla.load(_convert(source, tmp_path / "partial", text_file, **options))
+    partial = care_mla.load(shelf.converted("llama", changes=changes, **options))
     at_zero = {"position_ids": torch.zeros(2, 24, dtype=torch.long), "attention_mask": torch.ones(2, 24)}
     torch.testing.assert_close(
         partial(ids, **at_zero).logits, care_mla.load(source)(ids, **at_zero).logits, **TOLERANCE
@@ -320,23 +302,22 @@ ROPE_KINDS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", sorted(ROPE_KINDS))
-def test_every_kind_of_rope_scaling_is_carried_through(
-    rope_type: str, layout: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_every_kind_of_rope_scaling_is_carried_through(rope_type: str, layout: str, shelf: Shelf) -> None:
     """Prefill and decoding, past the original length; padded, too."""
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE_KINDS[rope_type]}
-    source = tiny("llama", rope_parameters=rope, max_position_embeddings=16)
-    out = _convert(source, tmp_path / "out", text_file, rank=_kv_width(source), layout=layout, method="care")
+    changes = {"rope_parameters": rope, "max_position_embeddings": 16}
+    source = shelf.source("llama", **changes)
+    out = shelf.converted("llama", changes=changes, rank=_kv_width(source), layout=layout, method="care")
     # Dynamic RoPE keeps the longest frequencies it has seen: each measurement starts from a fresh model.
     for measure in (lambda model: model(_ids(2, 24)).logits, lambda model: _token_by_token(model, _ids(2, 24))):
         torch.testing.assert_close(measure(care_mla.load(out)), measure(care_mla.load(source)), **TOLERANCE)
     _generations_agree(care_mla.load(source), care_mla.load(out))
 
 
-def test_names_round_trip(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_names_round_trip(family: str, shelf: Shelf) -> None:
     """Everything but the key and value projections is copied bit for bit under its own name."""
-    source = tiny(family)
-    out = _convert(source, tmp_path / "out", text_file, kv_save=0.5, method="care")
+    source = shelf.source(family)
+    out = shelf.converted(family, kv_save=0.5, method="care")
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     spec, config = _family(source)
     if spec.qkv_proj is not None:  # the rows of q become q_proj
@@ -376,40 +357,38 @@ def test_mla_chooses_its_rotary_width(tiny: Callable[..., Path], tmp_path: Path,
 
 
 @torch.no_grad()
-def test_low_rank_queries(family: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_low_rank_queries(family: str, shelf: Shelf, tmp_path: Path) -> None:
     """Full rank equals exact queries, biases and norms included; less loses something, decodes as it prefills, and reloads."""
-    source = _mla_or_skip(tiny(family))
+    source = _mla_or_skip(shelf.source(family))
     geometry = care_mla.inspect(source).geometry
     n, full = geometry.kv_width, min(geometry.hidden_size, geometry.num_heads * geometry.head_dim)
     elements = geometry.num_layers * (2 * n + _key_scales(source))
     options = {"layout": "mla", "cache_elements": elements, "qk_rope_head_dim": n, "ranks": "uniform"}
-    manifest = json.loads(
-        (_convert(source, tmp_path / "full", text_file, **options, q_lora_rank=full) / "care_manifest.json").read_text()
-    )
+    exact = shelf.converted(family, **options, q_lora_rank=full)
+    manifest = json.loads((exact / "care_manifest.json").read_text())
     assert manifest["recipe"]["q_lora_rank"] == full
     assert all(layer["relative_error"]["q"] < 1e-9 for layer in manifest["layers"])
     ids = _ids(2, 24)
-    torch.testing.assert_close(
-        care_mla.load(tmp_path / "full")(ids).logits, care_mla.load(source)(ids).logits, **TOLERANCE
-    )
-    less = care_mla.load(_convert(source, tmp_path / "less", text_file, **options, q_lora_rank=full // 3))
+    torch.testing.assert_close(care_mla.load(exact)(ids).logits, care_mla.load(source)(ids).logits, **TOLERANCE)
+    lower = shelf.converted(family, **options, q_lora_rank=full // 3)
+    less = care_mla.load(lower)
     expected = less(ids, use_cache=False).logits
     torch.testing.assert_close(_token_by_token(less, ids), expected, **TOLERANCE)
     less.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(care_mla.load(tmp_path / "again")(ids).logits, expected, atol=0, rtol=0)
-    names = load_file(tmp_path / "less" / "model.safetensors")
+    names = load_file(lower / "model.safetensors")
     assert not [name for name in names if name.endswith(".q_proj.weight")], "the exact queries were copied too"
 
 
-def test_impossible_query_ranks(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
-    source, out = tiny("llama"), tmp_path / "out"
+def test_impossible_query_ranks(shelf: Shelf, tmp_path: Path, text_file: Path) -> None:
+    source, out = shelf.source("llama"), tmp_path / "out"
     for rank, layout, message in (
         (0, "mla", "--q-lora-rank 0"),
         (49, "mla", "outside 1..48"),
         (8, "joint", "needs --layout mla"),
     ):
         with pytest.raises((ConfigError, RankError), match=message):
-            _convert(source, out, text_file, kv_save=0.5, layout=layout, q_lora_rank=rank)
+            care_mla.convert(source, out, stats=shelf.statistics("llama"), kv_save=0.5, layout=layout, q_lora_rank=rank)
     stats = care_mla.calibrate(
         source, tmp_path / "stats", calibration=str(text_file), samples=4, seqlen=48, fisher=True
     )
@@ -420,12 +399,12 @@ def test_impossible_query_ranks(tiny: Callable[..., Path], tmp_path: Path, text_
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias", "qwen3_moe"])
-def test_linearized_qk_norm(name: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_linearized_qk_norm(name: str, shelf: Shelf) -> None:
     """No scales in the cache or the budget; decodes as it prefills; near the source."""
-    source = tiny(name)
+    source = shelf.source(name)
     n = _kv_width(source)
     options = {"layout": "mla", "cache_elements": 6 * n, "qk_rope_head_dim": n, "ranks": "uniform"}
-    out = _convert(source, tmp_path / "out", text_file, qk_norm="linear", **options)
+    out = shelf.converted(name, qk_norm="linear", **options)
     converted, ids = care_mla.load(out), _ids(2, 24)
     expected = converted(ids, use_cache=False).logits
     torch.testing.assert_close(_token_by_token(converted, ids), expected, **TOLERANCE)

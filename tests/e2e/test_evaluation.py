@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import care_mla
 from care_mla.errors import CalibrationError, CheckpointError
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 SHORT = {"seqlen": 24, "windows": 2}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,21 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-directory, out, dtype = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 ids = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
-with torch.no_grad():
-    output = model(ids, use_cache=True)
-cache = output.cache if "cache" in output else output.past_key_values
-widths = [sum(t.shape[1] * t.shape[-1] for t in (layer.keys, layer.values)) for layer in cache.layers]
-tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2)
-assert type(model).__name__ == "DeepseekV3ForCausalLM"
-assert "care_mla" not in sys.modules
-save_file({"logits": output.logits.float(), "widths": torch.tensor(widths), "tokens": tokens}, out)
+for line in sys.stdin:
+    directory, out, dtype = line.rstrip().split("\t")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        output = model(ids, use_cache=True)
+    cache = output.cache if "cache" in output else output.past_key_values
+    widths = [sum(t.shape[1] * t.shape[-1] for t in (layer.keys, layer.values)) for layer in cache.layers]
+    tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    assert "care_mla" not in sys.modules
+    save_file({"logits": output.logits.float(), "widths": torch.tensor(widths), "tokens": tokens}, out)
+    print("done", flush=True)
 """
+LoadStock = Callable[..., dict[str, torch.Tensor]]
 IDS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
 BIASED = {"attention_bias": True}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,25 +76,38 @@ def _convert(source: Path, out: Path, text: Path, **recipe: Any) -> Path:
     return out
 
 
-def _load_stock(directory: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:
-    """Logits, cache widths and generated tokens from a fresh process."""
-    out = directory.parent / f"stock-{dtype}.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(directory), str(out), dtype], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(out)
+@pytest.fixture(scope="module")
+def load_stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadStock]:
+    """load_stock(directory) -> logits, cache widths and generated tokens, from a process of its own."""
+    errors = tmp_path_factory.mktemp("stock") / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+
+    def load(directory: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:
+        assert process.stdin is not None and process.stdout is not None
+        out = directory.parent / f"stock-{dtype}.safetensors"
+        process.stdin.write(f"{directory}\t{out}\t{dtype}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n", errors.read_text()
+        return load_file(out)
+
+    yield load
+    process.communicate()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SOURCES)
-def test_one_kv_head_is_exact(kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_one_kv_head_is_exact(
+    kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, load_stock: LoadStock
+) -> None:
     """All rotary pairs kept: the source's logits in the stock class, and as many cached elements as claimed."""
     source = _source(kind, tiny, num_key_value_heads=1)
     n = care_mla.inspect(source).geometry.kv_width
     converted = _convert(source, tmp_path / "mla", text_file, rank=n, qk_rope_head_dim=n, ranks="uniform")
     record = care_mla.export(converted, tmp_path / "stock")
-    loaded = _load_stock(tmp_path / "stock")
+    loaded = load_stock(tmp_path / "stock")
     original = care_mla.load(source)
     torch.testing.assert_close(loaded["logits"], original(IDS).logits, atol=1e-4, rtol=0)
     generated = original.generate(IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=2)
@@ -104,13 +120,13 @@ def test_one_kv_head_is_exact(kind: str, tiny: Callable[..., Path], tmp_path: Pa
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eps 1e-5, tied", "biases", "qwen2"])
 def test_truncated_equals_the_own_classes(
-    kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+    kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, load_stock: LoadStock
 ) -> None:
     """Several kv heads, half the cache, ranks that differ and are padded."""
     converted = _convert(_source(kind, tiny), tmp_path / "mla", text_file, kv_save=0.5, qk_rope_head_dim=4, min_rank=1)
     record = care_mla.export(converted, tmp_path / "stock")
     own = care_mla.load(converted)
-    loaded = _load_stock(tmp_path / "stock")
+    loaded = load_stock(tmp_path / "stock")
     torch.testing.assert_close(loaded["logits"], own(IDS).logits, atol=1e-4, rtol=0)
     assert loaded["widths"].tolist() == [max(own.config.kv_lora_rank) + 4] * 3
     assert "padding" in record["notes"][0]
@@ -120,14 +136,16 @@ def test_truncated_equals_the_own_classes(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eps 1e-5, tied", "qwen2"])
-def test_low_rank_queries(kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_low_rank_queries(
+    kind: str, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, load_stock: LoadStock
+) -> None:
     """q_a_proj, an identity norm and q_b_proj, with and without query biases; at full rank the exact queries."""
     source = _source(kind, tiny)
     recipe = {"kv_save": 0.5, "qk_rope_head_dim": 4, "min_rank": 1}
     converted = _convert(source, tmp_path / "mla", text_file, **recipe, q_lora_rank=20)
     care_mla.export(converted, tmp_path / "stock")
     own = care_mla.load(converted)
-    torch.testing.assert_close(_load_stock(tmp_path / "stock")["logits"], own(IDS).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_stock(tmp_path / "stock")["logits"], own(IDS).logits, atol=1e-4, rtol=0)
     assert care_mla.load(tmp_path / "stock").config.q_lora_rank == 20 + (kind == "qwen2")
     full = _convert(source, tmp_path / "full", text_file, **recipe, q_lora_rank=48)
     exact = care_mla.load(_convert(source, tmp_path / "exact", text_file, **recipe))
@@ -139,14 +157,19 @@ def test_low_rank_queries(kind: str, tiny: Callable[..., Path], tmp_path: Path, 
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-mqa-bias"])
 def test_linearized_qk_norm(
-    name: str, q_lora_rank: int | None, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+    name: str,
+    q_lora_rank: int | None,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    text_file: Path,
+    load_stock: LoadStock,
 ) -> None:
     """Without scales in the cache, near the source, and the same in the stock class; with exact norms export is refused."""
     source, n = tiny(name), care_mla.inspect(tiny(name, tmp_path / "again")).geometry.kv_width
     options = {"cache_elements": 3 * 2 * n, "qk_rope_head_dim": 16, "ranks": "uniform"}
     converted = _convert(source, tmp_path / "mla", text_file, **options, qk_norm="linear", q_lora_rank=q_lora_rank)
     record = care_mla.export(converted, tmp_path / "stock")
-    own, loaded = care_mla.load(converted), _load_stock(tmp_path / "stock")
+    own, loaded = care_mla.load(converted), load_stock(tmp_path / "stock")
     torch.testing.assert_close(loaded["logits"], own(IDS).logits, atol=1e-4, rtol=0)
     widths = measure_cache(own, IDS[:1]).layer_widths
     assert loaded["widths"].tolist() == widths == [2 * n] * 3 and record["cache_elements_per_token"] == 6 * n
@@ -162,19 +185,21 @@ def test_linearized_qk_norm(
 
 
 @torch.no_grad()
-def test_padding_for_vllm_is_exact(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_padding_for_vllm_is_exact(
+    tiny: Callable[..., Path], tmp_path: Path, text_file: Path, load_stock: LoadStock
+) -> None:
     source = tiny("llama")
     converted = _convert(source, tmp_path / "mla", text_file, kv_save=0.25, qk_rope_head_dim=16, centre=False)
     record = care_mla.export(converted, tmp_path / "stock", engine="vllm")
     assert record["kv_lora_rank"] + record["qk_rope_head_dim"] == 320
-    loaded = _load_stock(tmp_path / "stock")
+    loaded = load_stock(tmp_path / "stock")
     torch.testing.assert_close(loaded["logits"], care_mla.load(converted)(IDS).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_bfloat16_is_within_the_noise_of_the_source(
-    eps: float, tiny: Callable[..., Path], tmp_path: Path, text_file: Path
+    eps: float, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, load_stock: LoadStock
 ) -> None:
     """Errors against float32 of the same weights, in bfloat16: source, and exact conversion in the stock class."""
     source = tiny("llama", num_key_value_heads=1, rms_norm_eps=eps)
@@ -185,7 +210,7 @@ def test_bfloat16_is_within_the_noise_of_the_source(
         source, tmp_path / "mla", text_file, rank=n, qk_rope_head_dim=n, ranks="uniform", dtype="bfloat16"
     )
     care_mla.export(converted, tmp_path / "stock")
-    error = (_load_stock(tmp_path / "stock", "bfloat16")["logits"] - exact).square().mean().sqrt()
+    error = (load_stock(tmp_path / "stock", "bfloat16")["logits"] - exact).square().mean().sqrt()
     assert error < 1.5 * noise
 
 

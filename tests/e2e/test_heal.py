@@ -26,6 +26,8 @@ from care_mla.errors import ConversionError, HealingError
 from care_mla.healing import loop, state
 from care_mla.pipeline import convert_and_heal, healing
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 IDS = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(5))
 STEPS, BATCH_SIZE, SEQLEN = 6, 4, 32
 SETTINGS: dict[str, Any] = {
@@ -444,18 +446,18 @@ def test_stopped_while_saving(
 SEVERAL = """
 import json, sys, traceback
 from pathlib import Path
-import torch
 from accelerate.state import PartialState
 import care_mla
 from care_mla.errors import HealingError
 from care_mla.healing import loop
+from care_mla.report import figures
 
 def interrupted(run):
     if run.progress.step == 3:
         raise HealingError("interrupted")
     return step(run)
 
-torch.set_num_threads(1)
+figures._svg = lambda draw, **size: "<svg></svg>"
 step = loop.Run.step
 PartialState.destroy_process_group = lambda self, group=None: None  # one group for all runs
 for run in json.loads(Path(sys.argv[1]).read_text()):
@@ -495,6 +497,7 @@ def several(converted: Converted, text_file: Path, tmp_path_factory: pytest.Temp
     return lambda name, shard: directory / f"{name}-{shard}"
 
 
+@pytest.mark.xdist_group("several processes")
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("interrupted", "uneven")])
 def test_two_processes_are_one(
@@ -514,6 +517,7 @@ def test_two_processes_are_one(
         torch.testing.assert_close(alone[weight], together[weight], atol=1e-4, rtol=0)
 
 
+@pytest.mark.xdist_group("several processes")
 @pytest.mark.parametrize("shard", [False, True])
 def test_one_process_goes_on_with_what_two_began(
     shard: bool, several: Callable[..., Path], heal: Heal, converted: Converted
@@ -525,6 +529,7 @@ def test_one_process_goes_on_with_what_two_began(
     _assert_same_run(heal(kind, **changes), resumed, rel=1e-3)
 
 
+@pytest.mark.xdist_group("several processes")
 def test_a_batch_is_shared_out_evenly(several: Callable[..., Path]) -> None:
     path = several("uneven", True)
     error = path.with_name(f"{path.name}.error").read_text().splitlines()[-1]

@@ -14,6 +14,8 @@ import care_mla
 from care_mla import files
 from care_mla.checkpoint.outputs import MARK
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 TEXT = ["--samples", 4, "--seqlen", 16]
 HEALING = ["--tokens", 128, "--batch-size", 2, "--seqlen", 32, "--eval-blocks", 1, "--device", "cpu"]
 KINDS = {

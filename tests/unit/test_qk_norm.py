@@ -156,6 +156,8 @@ def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file:
         care_mla.convert(tiny("qwen3"), out, calibration=text, kv_save=0.5, layout="mla", qk_norm="none")
     with pytest.raises(ConfigError, match="--normalized"):
         care_mla.calibrate(tiny("llama"), tmp_path / "none", normalized=True, **text)
+    with pytest.raises(ConfigError, match="--normalized serves layout mla.*RoPE by layer type"):
+        care_mla.calibrate(tiny("gemma3"), tmp_path / "none", normalized=True, fisher=True, **text)
     source = tiny("qwen3")
     recipe = {"kv_save": 0.5, "layout": "mla", "qk_norm": "linear"}
     stats = care_mla.calibrate(source, tmp_path / "stats", fisher=True, **text)

@@ -83,6 +83,11 @@ def write_statistics(
         raise ConfigError(
             f"--normalized: this {source.family.model_type} model has no norm of queries and keys by head"
         )
+    lost = lost_features(source.family, source.reader.config, "mla")
+    if settings.normalized and lost:
+        raise ConfigError(
+            f"--normalized serves layout mla, which this {source.family.model_type} model cannot have ({', '.join(lost)}); leave it out"
+        )
     corpus: dict[str, Any] = settings.model_dump(include={"samples", "seqlen", "seed", "field", "pack"})
     corpus["vocabulary"] = embedding_rows(source.directory)
     tokenizer = load_tokenizer(source.directory)
@@ -99,7 +104,7 @@ def write_statistics(
     taps: list[NormalizedKeysTap] = []
     if settings.normalized:
         taps = [*normalized_taps(model, source.family, with_gradients=settings.fisher)]
-    elif settings.fisher and has_norm and not lost_features(source.family, source.reader.config, "mla"):
+    elif settings.fisher and has_norm and not lost:
         taps = normalized_keys_taps(model, source.family)
     options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import exp
 from typing import Any
 
@@ -31,7 +32,6 @@ def render_report(
     rope = plan.get("qk_rope_head_dim", 0)
     cached = [[*ranks, rope] if rope else ranks for ranks in plan["ranks"]]
     parity = 2 * geometry["num_kv_heads"] * geometry["head_dim"]
-    environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
     manifest = {"predicted_loss_increase": None, "notes": [], **manifest}  # manifests of earlier versions have neither
     layers = manifest["layers"]
     compared = [e for e in evaluations if e["reference_loss"] is not None]
@@ -45,27 +45,37 @@ def render_report(
         cache, reference = measured["cache"], measured["reference_cache"]
         original = reference["layer_widths"] if reference else None
         cache_figure = figures.cache_by_layer(cache["layer_widths"], original, cache["element_bytes"])
-    return environment.get_template("report.html.jinja").render(
-        manifest=manifest,
-        geometry=geometry,
-        recipe={key: value for key, value in manifest["recipe"].items() if value is not None},
-        blocks=blocks,
-        block_names=figures.BLOCK_NAMES,
-        evaluations=evaluations,
-        rank_figure=figures.rank_profile(cached, (*blocks, *(["rope"] if rope else [])), parity),
-        spectrum_figures=[
-            figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
-            for index, block in enumerate(blocks)
-        ],
-        error_figure=figures.layer_errors(layers),
-        cache_figure=cache_figure,
-        healings=healings,
-        healing_rows=_before_and_after(healings[-1], evaluations) if healings else [],
-        healing_figure=curve,
-        measured=measured,
-        loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
-        refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            manifest=manifest,
+            geometry=geometry,
+            recipe={key: value for key, value in manifest["recipe"].items() if value is not None},
+            blocks=blocks,
+            block_names=figures.BLOCK_NAMES,
+            evaluations=evaluations,
+            rank_figure=figures.rank_profile(cached, (*blocks, *(["rope"] if rope else [])), parity),
+            spectrum_figures=[
+                figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
+                for index, block in enumerate(blocks)
+            ],
+            error_figure=figures.layer_errors(layers),
+            cache_figure=cache_figure,
+            healings=healings,
+            healing_rows=_before_and_after(healings[-1], evaluations) if healings else [],
+            healing_figure=curve,
+            measured=measured,
+            loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
+            refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
+        )
     )
+
+
+@cache
+def _environment() -> Environment:
+    """The templates; one, since what it compiles it keeps."""
+    return Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
 
 
 def _before_and_after(healing: dict[str, Any], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
