@@ -136,3 +136,18 @@ def test_what_shares_no_work_refuses_several_processes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes were started" in care(*words, code=1)
+
+
+def test_an_error_that_a_lost_signal_leads_to(
+    care: Callable[..., str], converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' lazy imports can lose a KeyboardInterrupt, and fail on what it left half imported."""
+
+    def half_imported() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise ImportError("cannot import name 'ALL_ATTENTION_FUNCTIONS' from partially initialized module")
+
+    monkeypatch.setattr("care_mla.cli.quiet_libraries", half_imported)
+    assert "interrupted; nothing was written" in care("inspect", converted("source"), code=130)

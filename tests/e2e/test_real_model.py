@@ -27,6 +27,7 @@ def statistics(real_model: Path, text: Path, tmp_path_factory: pytest.TempPathFa
     return care_mla.calibrate(real_model, out, calibration=str(text), samples=16, fisher=True)
 
 
+@pytest.mark.usefixtures("no_figures")
 @torch.no_grad()
 def test_kv_parity_reproduces_the_logits(real_model: Path, statistics: Path, tmp_path: Path) -> None:
     """At the full KV rank the function is the source's: in float64 the logits differ by the rounding of the stored factors alone, in float32 by
@@ -57,6 +58,7 @@ def test_half_the_cache(real_model: Path, statistics: Path, text: Path, tmp_path
     assert (out / "care_report.html").stat().st_size > 50_000
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_fisher_loses_less_than_care(real_model: Path, statistics: Path, text: Path, tmp_path: Path) -> None:
     """At 75% saving, one text, one set of statistics, and without the refit, which only fisher would have."""
     losses = {}

@@ -11,7 +11,10 @@ import pytest
 
 import care_mla
 
-pytestmark = pytest.mark.xdist_group("reference perplexity")  # its tests share their statistics
+pytestmark = [
+    pytest.mark.xdist_group("reference perplexity"),  # its tests share their statistics
+    pytest.mark.usefixtures("no_figures"),
+]
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "one_shot.json").read_text())["care"]
 

@@ -57,13 +57,15 @@ def _run() -> int:
             raise KeyboardInterrupt
         sys.stdout.flush()
         return int(code or 0)
-    except ConversionError as error:
-        return _complain(error, head="error: ")
     except typer.Abort as abort:
         raise KeyboardInterrupt from abort
     except (BrokenPipeError, Interrupted):
         raise
     except Exception as error:
+        if STOP.is_set():  # a library lost what the signal raised, in an import most often, and went on with half of it
+            raise KeyboardInterrupt from error
+        if isinstance(error, ConversionError):
+            return _complain(error, head="error: ")
         if hasattr(error, "format_message"):  # a usage error of typer's parser
             return _complain(error.format_message(), head="error: ", code=2)
         if os.environ.get(DEBUG):
