@@ -25,7 +25,7 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python examples/demo.py --model $(MODEL) --out build/demo
 
 test: lint $(MODEL)/config.json
-	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"  # what is slow: pytest -m slow
+	CARE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from care_mla.checkpoint.outputs import MARK
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "robustness.json"
 CARE = [sys.executable, "-c", "import care_mla.cli as cli; cli.main()"]
-MARK = "care_files.json"
-MADE_FOR_THE_RUN = (".lock",)
-"""Endings of files that a run may leave: locks are empty, and removing one would let two runs in."""
+LOCK = ".lock"
+"""Ending of files that a run may leave: they are empty, and removing one would let two runs in."""
 IMPORTS = 1.2
 """Seconds that Python takes before the command listens; nothing is written then."""
 Words = Callable[[Path], list[object]]
@@ -62,10 +63,17 @@ def inputs(directory: Path) -> dict[str, Words]:
     }  # fmt: skip
 
 
-def run(words: list[object], temporary: Path) -> subprocess.CompletedProcess[str]:
-    """One command to its end."""
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    return subprocess.run([*CARE, *map(str, words)], capture_output=True, text=True, env=environment)
+def start(words: list[object], temporary: Path) -> subprocess.Popen[str]:
+    """One command, with a folder for its temporary files."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*CARE, *map(str, words)], **pipes, text=True, env={**os.environ, "TMPDIR": str(temporary)})
+
+
+def run(words: list[object], temporary: Path) -> tuple[int, str]:
+    """Exit code and stderr of one command that is left alone."""
+    process = start(words, temporary)
+    _, stderr = process.communicate()
+    return process.returncode, stderr
 
 
 def damage(out: Path) -> list[str]:
@@ -85,7 +93,7 @@ def unforeseen(stderr: str) -> list[str]:
 
 def left_in(directory: Path) -> list[str]:
     """Names in a directory but locks."""
-    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(MADE_FOR_THE_RUN))
+    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(LOCK))
 
 
 def signals(name: str, words: Words, place: Path, *, number: signal.Signals, moments: int) -> dict[str, Any]:
@@ -95,20 +103,17 @@ def signals(name: str, words: Words, place: Path, *, number: signal.Signals, mom
         directory.mkdir(parents=True)
     out = work / "out"
     began = time.monotonic()
-    whole = run(words(out), temporary)
+    code, stderr = run(words(out), temporary)
     took = time.monotonic() - began
-    assert whole.returncode == 0, whole.stderr
+    assert code == 0, stderr
     expected = left_in(work)
     shutil.rmtree(work)
     work.mkdir()
     wrong: list[str] = []
     stopped, most_left = 0, 0
     resumes = {"out.healing"}
-    environment = {**os.environ, "TMPDIR": str(temporary)}
     for moment in range(moments):
-        process = subprocess.Popen(
-            [*CARE, *map(str, words(out))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        process = start(words(out), temporary)
         time.sleep(IMPORTS + (took - IMPORTS) * moment / moments)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=300)
@@ -122,10 +127,10 @@ def signals(name: str, words: Words, place: Path, *, number: signal.Signals, mom
         if number is not signal.SIGKILL and (left or left_in(temporary)):
             wrong.append(f"left {sorted(left)}, {left_in(temporary)}")
     again = ["--resume"] if name == "heal" and (work / "out.healing").exists() else []
-    last = run([*words(out), *again], temporary)
-    wrong += damage(out) + unforeseen(last.stderr)
-    if last.returncode or left_in(work) != expected or left_in(temporary):
-        wrong.append(f"then: exit code {last.returncode}, {left_in(work)}, {left_in(temporary)}, {last.stderr[-200:]}")
+    code, stderr = run([*words(out), *again], temporary)
+    wrong += damage(out) + unforeseen(stderr)
+    if code or left_in(work) != expected or left_in(temporary):
+        wrong.append(f"then: exit code {code}, {left_in(work)}, {left_in(temporary)}, {stderr[-200:]}")
     return {"moments": moments, "stopped": stopped, "most_left_before_the_next_run": most_left, "wrong": wrong}
 
 
@@ -144,21 +149,21 @@ def disk(name: str, words: Words, place: Path, *, sizes: int) -> dict[str, Any]:
     """A command on disks of so many sizes, from nothing to what its whole output takes."""
     place.mkdir(parents=True)
     with small_disk(place / "disk", 64 << 20) as there:
-        whole = run(words(there / "out"), there)
-        assert whole.returncode == 0, whole.stderr
+        code, stderr = run(words(there / "out"), there)
+        assert code == 0, stderr
         needed = sum(path.stat().st_blocks * 512 for path in there.rglob("*") if path.is_file())
     wrong: list[str] = []
     refused = 0
     for step in range(sizes):
         size = max(4096, int(needed * (step + 0.5) / sizes) // 4096 * 4096)
         with small_disk(place / "disk", size) as there:
-            done = run(words(there / "out"), there)
+            code, stderr = run(words(there / "out"), there)
             left = [path for path in left_in(there) if path != "out.healing"]
-        errors = done.stderr.count("error:")
-        refused += done.returncode != 0
-        wrong += unforeseen(done.stderr)
-        if done.returncode != 0 and (left or errors != 1):
-            wrong.append(f"{size} bytes: left {left}, {errors} errors: {done.stderr[-300:]}")
+        errors = stderr.count("error:")
+        refused += code != 0
+        wrong += unforeseen(stderr)
+        if code != 0 and (left or errors != 1):
+            wrong.append(f"{size} bytes: left {left}, {errors} errors: {stderr[-300:]}")
     return {"sizes": sizes, "refused": refused, "wrong": wrong}
 
 
@@ -187,7 +192,7 @@ def main() -> None:
     parser.add_argument("what", choices=("signals", "disk", "table"))
     parser.add_argument("--signal", default="SIGKILL", choices=("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"))
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--sizes", type=int, default=12)
+    parser.add_argument("--sizes", type=int, default=8)
     parser.add_argument("--commands", nargs="*", help="default: all that write")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from math import exp
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from torch import Tensor
 
 from care_mla.ranks.plan import BLOCKS
@@ -45,37 +45,34 @@ def render_report(
         cache, reference = measured["cache"], measured["reference_cache"]
         original = reference["layer_widths"] if reference else None
         cache_figure = figures.cache_by_layer(cache["layer_widths"], original, cache["element_bytes"])
-    return (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            manifest=manifest,
-            geometry=geometry,
-            recipe={key: value for key, value in manifest["recipe"].items() if value is not None},
-            blocks=blocks,
-            block_names=figures.BLOCK_NAMES,
-            evaluations=evaluations,
-            rank_figure=figures.rank_profile(cached, (*blocks, *(["rope"] if rope else [])), parity),
-            spectrum_figures=[
-                figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
-                for index, block in enumerate(blocks)
-            ],
-            error_figure=figures.layer_errors(layers),
-            cache_figure=cache_figure,
-            healings=healings,
-            healing_rows=_before_and_after(healings[-1], evaluations) if healings else [],
-            healing_figure=curve,
-            measured=measured,
-            loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
-            refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
-        )
+    return _page().render(
+        manifest=manifest,
+        geometry=geometry,
+        recipe={key: value for key, value in manifest["recipe"].items() if value is not None},
+        blocks=blocks,
+        block_names=figures.BLOCK_NAMES,
+        evaluations=evaluations,
+        rank_figure=figures.rank_profile(cached, (*blocks, *(["rope"] if rope else [])), parity),
+        spectrum_figures=[
+            figures.spectra(energies[block], [ranks[index] for ranks in plan["ranks"]], block)
+            for index, block in enumerate(blocks)
+        ],
+        error_figure=figures.layer_errors(layers),
+        cache_figure=cache_figure,
+        healings=healings,
+        healing_rows=_before_and_after(healings[-1], evaluations) if healings else [],
+        healing_figure=curve,
+        measured=measured,
+        loss_figure=None if manifest["predicted_loss_increase"] is None else figures.layer_losses(layers),
+        refit_figure=figures.layer_refits(layers) if manifest["recipe"].get("refit") else None,
     )
 
 
-@cache
-def _environment() -> Environment:
-    """The templates; one, since what it compiles it keeps."""
-    return Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
+@lru_cache
+def _page() -> Template:
+    """The template, compiled once."""
+    environment = Environment(loader=PackageLoader("care_mla.report", "."), autoescape=select_autoescape(["jinja"]))
+    return environment.get_template("report.html.jinja")
 
 
 def _before_and_after(healing: dict[str, Any], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
