@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from care_mla.errors import ConfigError
-from care_mla.methods import Coupling, Weighting
+from care_mla.methods import Weighting
 from care_mla.ranks.plan import Layout
 from care_mla.rope import RopeMode
 from care_mla.runtime import dtype_name, resolve_dtype, resolve_precision
@@ -21,8 +21,6 @@ Trained = Literal["kv", "attention", "all"]
 """Which weights healing trains: the factors of keys and values, whole attentions, or everything."""
 
 
-LOW_BUDGET_FROM = 0.65
-"""KV saving from which the quadratic model of the loss is trusted less and output projections are refitted (docs/fisher.md)."""
 LARGEST_SEED = 2**40
 """Generators take 64 bits, and seeds of parts and epochs are made from this one."""
 
@@ -75,9 +73,9 @@ class Recipe(Settings):
     """How the weights are converted.
 
     Attributes:
-        ranks: allocator; None is `fisher` for method fisher, else `uniform`.
-        shrinkage, fisher_exponent, fisher_shrinkage, fisher_coupling: see `methods.Weighting`; the exponent None is 0.8, and
-            0.5 from `LOW_BUDGET_FROM` saving on.
+        ranks, fisher_exponent, refit: None leaves them to the budget, see `conversion.policy`.
+        ranks: allocator, a name of `ranks.ALLOCATORS`.
+        shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
         centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
         freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold); None is 1, for rope
@@ -88,8 +86,7 @@ class Recipe(Settings):
         qk_norm: how layout mla keeps the norms of queries and keys: exact, with a cached scale a kv head, or linear, see
             `mapping.qk_norm`.
         context: positions that attention must span when rotations are dropped, layout mla.
-        refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
-            to help, for method fisher from `LOW_BUDGET_FROM` saving on.
+        refit: whether output projections are refitted layer by layer (`calibration.Propagation`).
         refit_tokens: calibration tokens that the refit reads.
         refit_ridge: see `linalg.ridge_refit`.
         dtype: of the written factors; "auto" is the source's.
@@ -107,7 +104,6 @@ class Recipe(Settings):
     shrinkage: float = Field(0.01, ge=0.0, le=1.0)
     fisher_exponent: float | None = Field(None, ge=0.0, le=1.0)
     fisher_shrinkage: float = Field(0.02, ge=0.0, le=1.0)
-    fisher_coupling: Coupling = "full"
     centre: bool = True
     rope: RopeMode = "free"
     freq_fold: int | None = Field(None, ge=1)
@@ -120,21 +116,11 @@ class Recipe(Settings):
     refit_ridge: float = Field(0.1, gt=0.0)
     dtype: DType = "auto"
 
-    def at(self, kv_save: float) -> Recipe:
-        """This recipe with everything that was left open decided for a saving: what docs/fisher.md found best."""
-        fisher, low = self.method == "fisher", kv_save >= LOW_BUDGET_FROM
-        best = {
-            "ranks": "fisher" if fisher else "uniform",
-            "fisher_exponent": 0.5 if low else 0.8,
-            "refit": fisher and low and self.layout != "mla",
-        }
-        return self.model_copy(update={name: value for name, value in best.items() if getattr(self, name) is None})
-
     @property
     def weighting(self) -> Weighting:
-        """The part that the methods take; of a recipe from `at`."""
+        """The part that the methods take; of a recipe in which the exponent is decided."""
         assert self.fisher_exponent is not None
-        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.fisher_coupling, self.centre)
+        return Weighting(self.shrinkage, self.fisher_exponent, self.fisher_shrinkage, self.centre)
 
 
 class HealSettings(Settings):

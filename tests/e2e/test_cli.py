@@ -182,7 +182,6 @@ REFUSED = {
     "plot format": (["plan", "SOURCE", "--stats", "/no/stats", "--plot", "plan.txt"], ".svg, .png, .pdf"),
     "plot folder": (["plan", "SOURCE", "--stats", "/no/stats", "--plot", "/no/plan.svg"], "not a directory"),
     "no refit ridge": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--refit-ridge", "0"], "--refit-ridge"),
-    "coupling": (["convert", "SOURCE", "--out", "OUT", "--rank", "4", "--fisher-coupling", "x"], "--fisher-coupling"),
     "long windows": (["eval", "SOURCE", "--text", "TEXT", "--seqlen", "100000"], "tokens, 8 windows"),
 }
 

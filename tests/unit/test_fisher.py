@@ -226,13 +226,6 @@ def test_predicted_loss_increase_is_the_quadratic_form(layout: str, centred: boo
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
-def test_block_coupling_weighs_keys_and_values_apart() -> None:
-    statistics = _statistics()
-    full = METHODS["fisher"].metric(statistics, W, Weighting()).output_metric
-    block = METHODS["fisher"].metric(statistics, W, Weighting(fisher_coupling="block")).output_metric
-    assert float(full[:4, 4:].abs().max()) > 1e-3 and float(block[:4, 4:].abs().max()) < 1e-12
-
-
 def test_effective_rank() -> None:
     fisher = _statistics().fisher
     assert 1 < fisher.effective_rank < 8

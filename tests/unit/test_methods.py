@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.linalg import decompose, truncate
 from care_mla.methods import METHODS, Weighting, get_method
-from care_mla.stats import LayerStatistics, Moments
+from care_mla.stats import FisherMoments, LayerStatistics, Moments
 
 D, M, TOKENS = 12, 8, 40
 
@@ -145,3 +146,27 @@ def test_balanced_pca_is_pca_after_equalizing_energies() -> None:
     balance = torch.cat([Y[:, :4].norm().expand(4), Y[:, 4:].norm().expand(4)])
     vectors = torch.linalg.svd(Y / balance, full_matrices=False).Vh[:3]
     torch.testing.assert_close(product, (vectors.T @ vectors) * balance[:, None] / balance)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_of_a_method_are_those_that_change_it(name: str) -> None:
+    """Every option of `Weighting`, one at a time: it changes the metric exactly where the method says so."""
+    x = _inputs("outliers")
+    fisher = FisherMoments.zeros(M)
+    fisher.update(x @ W.T + 1.0, (x**2)[:, :M] + x[:, :M], torch.eye(M, dtype=torch.float64))
+    statistics = LayerStatistics(_moments(x), fisher)
+    changed = {"shrinkage": 0.1, "fisher_exponent": 0.9, "fisher_shrinkage": 0.2, "centre": False}
+    assert set(changed) == {field.name for field in fields(Weighting)}
+    before = METHODS[name].metric(statistics, W, Weighting())
+    for option, value in changed.items():
+        after = METHODS[name].metric(statistics, W, replace(Weighting(), **{option: value}))
+        same = torch.allclose(after.second_moment, before.second_moment) and (after.mean is None) == (
+            before.mean is None
+        )
+        if before.output_metric is not None:
+            same = same and torch.allclose(after.output_metric, before.output_metric)
+        assert same == (option not in METHODS[name].options), option
+
+
+def test_baselines_are_marked() -> None:
+    assert {name for name, method in METHODS.items() if not method.baseline} == {"fisher", "care"}

@@ -17,7 +17,7 @@ from care_mla.cli import options
 from care_mla.cli.application import app
 from care_mla.cli.heal import show_healing
 from care_mla.cli.terminal import console
-from care_mla.config import LOW_BUDGET_FROM
+from care_mla.conversion.policy import LOW_BUDGET_FROM
 from care_mla.methods import METHODS
 from care_mla.progress import rich_meter, rich_track
 from care_mla.ranks import ALLOCATORS
@@ -65,10 +65,6 @@ def convert(
     ] = None,
     fisher_shrinkage: Annotated[
         float | None, typer.Option("--fisher-shrinkage", help="Share of isotropic noise mixed into G.  [default: 0.02]")
-    ] = None,
-    fisher_coupling: Annotated[
-        str | None,
-        typer.Option("--fisher-coupling", help="full, or block: keys and values weighed apart.  [default: full]"),
     ] = None,
     centre: Annotated[
         bool | None,
@@ -158,7 +154,6 @@ def convert(
         shrinkage=shrinkage,
         fisher_exponent=fisher_exponent,
         fisher_shrinkage=fisher_shrinkage,
-        fisher_coupling=fisher_coupling,
         centre=centre,
         rope=rope,
         freq_fold=freq_fold,

@@ -8,8 +8,7 @@ from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
 
-@method("care", source="CARE Eq. 2-4")
-@method("svd_llm", source="SVD-LLM (arXiv 2403.07378), Cholesky whitening")
+@method("care", source="CARE Eq. 2-4", options=("shrinkage",))
 def care(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = (1-a) E[y y^T] + a lambda W W^T, which is W ((1-a) C + a lambda I) W^T, lambda = E||x||^2 / D.
 

@@ -10,7 +10,12 @@ from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
 
-@method("fisher", source="loss-aware metric, see docs/method.md", needs_fisher=True)
+@method(
+    "fisher",
+    source="loss-aware metric, see docs/method.md",
+    needs_fisher=True,
+    options=("shrinkage", "fisher_exponent", "fisher_shrinkage", "centre"),
+)
 def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = second moment of y - mu, G = tempered second moment of the loss gradients at y.
 
@@ -29,10 +34,6 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     centred = collected.second_moment - torch.outer(mean, mean)
     second_moment = shrink(centred, statistics.moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
     gradients = collected.metric
-    if weighting.fisher_coupling == "block":
-        n = len(gradients) // 2
-        gradients = gradients.clone()
-        gradients[:n, n:] = gradients[n:, :n] = 0.0
     scale = gradients.diagonal().mean()
     damped = shrink_to_isotropic(gradients / scale, weighting.fisher_shrinkage)
     metric = scale * symmetric_power(damped, weighting.fisher_exponent, name="the Fisher metric G")

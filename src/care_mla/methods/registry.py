@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.stats import LayerStatistics
-
-Coupling = Literal["full", "block"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +20,12 @@ class Weighting:
         shrinkage: a of (1-a) C + a lambda I, the same for every method.
         fisher_exponent: p of the tempered metric G^p; 1 trusts the quadratic model of the loss, 0 ignores it.
         fisher_shrinkage: of G, toward its mean eigenvalue.
-        fisher_coupling: "full" 2n x 2n metric, or "block": keys and values weighed apart.
         centre: whether means may be given back as constants; without, a conversion needs no bias.
     """
 
     shrinkage: float = 0.01
     fisher_exponent: float = 0.5
     fisher_shrinkage: float = 0.02
-    fisher_coupling: Coupling = "full"
     centre: bool = True
 
 
@@ -70,6 +65,8 @@ class Method:
         source: paper and equation.
         needs_inputs: whether calibration must collect the D x D input moment.
         needs_fisher: whether calibration must run a backward pass.
+        baseline: whether it is another paper's, here to compare with.
+        options: fields of `Weighting` that change what it does; the others have no effect on it.
         metric: (statistics, W [m, D] float64, weighting) -> Metric.
     """
 
@@ -77,6 +74,8 @@ class Method:
     source: str
     needs_inputs: bool
     needs_fisher: bool
+    baseline: bool
+    options: frozenset[str]
     metric: MetricFunction
 
 
@@ -84,12 +83,18 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, source: str, needs_inputs: bool = False, needs_fisher: bool = False
+    name: str,
+    *,
+    source: str,
+    needs_inputs: bool = False,
+    needs_fisher: bool = False,
+    baseline: bool = False,
+    options: Iterable[str] = (),
 ) -> Callable[[MetricFunction], MetricFunction]:
-    """Register a metric function under a name."""
+    """Register a metric function under a name; the arguments are fields of `Method`."""
 
     def register(function: MetricFunction) -> MetricFunction:
-        METHODS[name] = Method(name, source, needs_inputs, needs_fisher, function)
+        METHODS[name] = Method(name, source, needs_inputs, needs_fisher, baseline, frozenset(options), function)
         return function
 
     return register
@@ -102,7 +107,8 @@ def get_method(name: str) -> Method:
         ConfigError: no such method.
     """
     if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+        known = sorted(METHODS, key=lambda other: METHODS[other].baseline)
+        raise ConfigError(f"unknown method {name!r}; choose one of {', '.join(known)}")
     return METHODS[name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from care_mla.checkpoint import resolve_source, scratch
 from care_mla.checkpoint.reader import read_json
 from care_mla.config import Recipe
+from care_mla.conversion.policy import policy
 from care_mla.errors import ConfigError, RankError
 from care_mla.families import get_family
 from care_mla.files import require_own_file, write_bytes
@@ -103,7 +104,12 @@ def _at_width(source: Source, recipe: Recipe, qk_rope_head_dim: int) -> tuple[Re
         qk_rope_head_dim=qk_rope_head_dim,
         key_scales=source.geometry.num_kv_heads if cached_scales else 0,
     )
-    decided = recipe.at(budget.kv_save)
+    best = policy(
+        budget.kv_save, predicts_loss=get_method(recipe.method).needs_fisher, can_refit=recipe.layout != "mla"
+    )
+    decided = recipe.model_copy(
+        update={name: value for name, value in asdict(best).items() if getattr(recipe, name) is None}
+    )
     if recipe.layout == "mla":
         fold = recipe.freq_fold or _freq_fold(recipe, qk_rope_head_dim, source.geometry)
         decided = decided.model_copy(update={"qk_rope_head_dim": qk_rope_head_dim, "freq_fold": fold})

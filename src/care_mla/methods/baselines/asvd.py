@@ -11,7 +11,9 @@ EXPONENT = 0.5
 """alpha of the ASVD paper's scaling S = diag(mean |x|^alpha)."""
 
 
-@method("asvd", source="ASVD (arXiv 2312.05821), Sec. 3.2: SVD of W S, then S^-1")
+@method(
+    "asvd", source="ASVD (arXiv 2312.05821), Sec. 3.2: SVD of W S, then S^-1", baseline=True, options=("shrinkage",)
+)
 def asvd(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = W S^2 W^T: (W S)_r S^-1 is the projection of W on the leading left singular vectors of W S."""
     squared_scale = (statistics.moments.input_magnitude / statistics.moments.weight) ** (2 * EXPONENT)

@@ -9,7 +9,9 @@ from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
 
-@method("balanced_pca", source="TransMLA (arXiv 2502.07864), balanced key-value PCA")
+@method(
+    "balanced_pca", source="TransMLA (arXiv 2502.07864), balanced key-value PCA", baseline=True, options=("shrinkage",)
+)
 def balanced_pca(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = E[y y^T] as in care, G = diag(1 / E||k||^2, 1 / E||v||^2): half of the energy is the keys'.
 

@@ -8,7 +8,7 @@ from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
 
-@method("svd", source="Eckart-Young; the paper's 'Palu/SVD' baseline, C = I")
+@method("svd", source="Eckart-Young; the paper's 'Palu/SVD' baseline, C = I", baseline=True)
 def svd(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = W W^T: outputs of white inputs. Shrinkage has nothing to shrink and changes nothing."""
     gram = W @ W.T

@@ -9,7 +9,7 @@ from care_mla.methods.registry import Metric, Weighting, method, require_inputs
 from care_mla.stats import LayerStatistics
 
 
-@method("care_c", source="CARE App. I.8", needs_inputs=True)
+@method("care_c", source="CARE App. I.8", baseline=True, needs_inputs=True, options=("shrinkage",))
 def care_c(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weighting) -> Metric:
     """M = W C^2 W^T with C shrunk as in `care`."""
     C = require_inputs(statistics, "method care_c")
