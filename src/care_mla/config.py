@@ -138,8 +138,6 @@ class HealSettings(Settings):
         warmup: share of the steps in which it rises; it falls along a cosine to `lr_floor` of it.
         weight_decay, clip, betas: of AdamW; largest norm of the gradient.
         kl_weight, ce_weight, temperature: beta, weight of the cross entropy, and tau of L = CE + beta tau^2 KL (Eq. 6-8).
-        layerwise: what a first phase matches layer by layer: outputs of attentions, or hidden states.
-        layerwise_tokens: length of that phase, part of `tokens`.
         teacher_top_k: keep this many of the teacher's probabilities per token on disk instead of running it again.
         precision: of the products: bfloat16 (autocast; weights that train stay float32) or float32; auto: bfloat16 where the
             device has it in hardware.
@@ -168,8 +166,6 @@ class HealSettings(Settings):
     kl_weight: float = Field(1.0, ge=0.0)
     ce_weight: float = Field(0.0, ge=0.0)
     temperature: float = Field(1.0, gt=0.0)
-    layerwise: Literal["attention", "hidden"] | None = None
-    layerwise_tokens: int = Field(0, ge=0)
     teacher_top_k: int | None = Field(None, ge=1)
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
@@ -184,11 +180,6 @@ class HealSettings(Settings):
     def num_steps(self) -> int:
         """Optimizer steps of the budget; at least one."""
         return max(1, self.tokens // (self.batch_size * self.seqlen))
-
-    @property
-    def layerwise_steps(self) -> int:
-        """Steps of the layer-wise phase."""
-        return self.layerwise_tokens // (self.batch_size * self.seqlen) if self.layerwise else 0
 
     @property
     def default_lr(self) -> float:

@@ -167,10 +167,7 @@ def _assert_same_run(first: dict[str, Any], second: dict[str, Any], rel: float =
         assert a == pytest.approx(b, rel=rel, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"train": "all"}, {"layerwise": "attention", "layerwise_tokens": 256},
-                {"layerwise": "hidden", "layerwise_tokens": 256, "train": "all"}]
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"train": "all"}])
 def test_gradient_checkpointing_and_micro_batches_change_nothing(changes: dict[str, Any], heal: Heal) -> None:
     plain = heal(**changes)
     _assert_same_run(plain, heal(out="checkpointed", gradient_checkpointing=True, **changes))
@@ -210,25 +207,6 @@ def test_stored_probabilities_stand_for_the_teacher(
     file.write_bytes(b"damaged")
     with pytest.raises(HealingError, match="damaged"):
         heal(kind, "damaged", **few)
-
-
-@pytest.mark.parametrize(
-    ("kind", "layerwise", "trained"),
-    [
-        ("joint", "attention", "kv"),
-        ("mla", "attention", "attention"),
-        ("split", "hidden", "kv"),
-        ("joint", "hidden", "all"),
-        ("stock", "hidden", "all"),
-    ],
-)
-def test_layers_are_matched_first(kind: str, layerwise: str, trained: str, heal: Heal, tmp_path: Path) -> None:
-    tokens = 4 * BATCH_SIZE * SEQLEN
-    record = heal(kind, train=trained, layerwise=layerwise, layerwise_tokens=tokens)
-    steps = [line for line in _steps(tmp_path / "out") if "loss" in line]
-    assert [step["matching"] for step in steps] == [True] * 4 + [False] * 2
-    assert steps[3]["loss"] < 0.97 * steps[0]["loss"]
-    assert _kl_left(record) < 1
 
 
 def test_text_from_the_teacher_itself(heal: Heal) -> None:
@@ -309,6 +287,37 @@ def test_conversion_with_healing_goes_on_by_the_same_call(
     monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted again"))
     (record,) = call()["healing"]
     assert record["tokens"] == 2048 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["heal", "convert"])
+def test_unfinished_runs_of_other_versions(
+    command: str, heal: Heal, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path
+) -> None:
+    """With settings that no longer exist: refused in one sentence, whose cure works."""
+    recipe = {
+        "rank": 8,
+        "method": "svd",
+        "ranks": "uniform",
+        "calibration": {"calibration": str(text_file), "samples": 4},
+    }
+
+    def call(**options: Any) -> dict[str, Any]:
+        if command == "heal":
+            return heal(**options)
+        whole = convert_and_heal(converted("source"), tmp_path / "out", heal_tokens=2048, **recipe, **options)
+        return dict(whole["healing"][0])
+
+    monkeypatch.setattr(loop.Run, "step", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
+    path = tmp_path / "out.healing" / "settings.json"
+    started = json.loads(path.read_text())
+    started["settings"] |= {"layerwise": None, "layerwise_tokens": 0}
+    path.write_text(json.dumps(started))
+    with pytest.raises(HealingError, match=r"run of another version of care-mla.*; start anew with --overwrite$"):
+        call(**({"resume": True} if command == "heal" else {}))
+    assert call(overwrite=True)["step"] and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- killed and gone on with ------------------------------------------------------------------------------------------
@@ -472,8 +481,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "micro-batches": ("mla", {"micro_batch_size": 1, "train": "attention"}),
     "export": ("stock", {"micro_batch_size": 1}),
     "first tokens": ("joint", {"teacher_top_k": 8}),
-    "layers": ("split", {"layerwise": "attention", "layerwise_tokens": 256, "gradient_checkpointing": True}),
-    "all": ("joint", {"layerwise": "hidden", "layerwise_tokens": 256, "train": "all", "micro_batch_size": 1}),
+    "layers again": ("split", {"gradient_checkpointing": True}),
+    "all": ("joint", {"train": "all", "micro_batch_size": 1}),
     "interrupted": ("joint", {"train": "attention"}),
     "uneven": ("joint", {"batch_size": 3}),
 }
@@ -558,11 +567,6 @@ REFUSED: dict[str, tuple[list[object], str]] = {
     "absent text": (["--data", "/no/text.txt"], "neither a file nor"),
     "train": (["--train", "heads"], "--train 'heads'"),
     "no loss": (["--kl-weight", 0], "--kl-weight and --ce-weight are both 0"),
-    "layers without tokens": (["--layerwise", "hidden"], "needs --layerwise-tokens"),
-    "tokens without layers": (["--layerwise-tokens", "1k"], "--layerwise-tokens needs --layerwise"),
-    "all attentions": (["--layerwise", "attention", "--layerwise-tokens", "1k", "--train", "all"], "--layerwise hidden"),
-    "deeper teacher": (["--teacher", "DEEPER", "--layerwise", "hidden", "--layerwise-tokens", "1k"], "the teacher 3 of 48"),
-    "unlike teacher": (["--teacher", "DEEPER", "--layerwise", "attention", "--layerwise-tokens", "1k"], "--layerwise hidden"),
     "no run to resume": (["--resume"], "holds no run to resume"),
     "device": (["--device", "tpu"], "--device 'tpu': a device is cpu, cuda"),
     "tracker": (["--log-with", "paper"], "--log-with paper"),
@@ -573,7 +577,7 @@ REFUSED: dict[str, tuple[list[object], str]] = {
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Teachers and texts that do not fit."""
     directory = tmp_path_factory.mktemp("others")
-    changes = {"LARGER": {"vocab_size": 400}, "DEEPER": {"num_hidden_layers": 3}, "OTHER": {"num_hidden_layers": 2}}
+    changes = {"LARGER": {"vocab_size": 400}, "OTHER": {"num_hidden_layers": 2}}
     teachers = {name: write_tiny_model(directory / name, "llama", **entries) for name, entries in changes.items()}
     path = teachers["OTHER"] / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -640,8 +644,8 @@ def test_usage_errors(care: Callable[..., str], converted: Converted, tmp_path: 
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     losses = loop.Run._losses
 
-    def poisoned(run: loop.Run, rows: Tensor, phase: loop.Phase) -> Tensor:
-        return losses(run, rows, phase) * (float("nan") if run.progress.step in steps else 1.0)
+    def poisoned(run: loop.Run, rows: Tensor) -> Tensor:
+        return losses(run, rows) * (float("nan") if run.progress.step in steps else 1.0)
 
     monkeypatch.setattr(loop.Run, "_losses", poisoned)
 

@@ -71,15 +71,6 @@ def heal(
         float | None, typer.Option("--ce-weight", help="Weight of the cross entropy.  [default: 0]")
     ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="tau.  [default: 1]")] = None,
-    layerwise: Annotated[
-        str | None,
-        typer.Option(
-            "--layerwise", help="First phase, layer by layer: attention (outputs of attentions) or hidden (states)."
-        ),
-    ] = None,
-    layerwise_tokens: Annotated[
-        str | None, typer.Option("--layerwise-tokens", help="Length of that phase, part of --tokens.")
-    ] = None,
     teacher_top_k: Annotated[
         int | None,
         typer.Option("--teacher-top-k", help="Run the teacher once, and keep so many probabilities a token on disk."),
@@ -145,8 +136,6 @@ def heal(
         kl_weight=kl_weight,
         ce_weight=ce_weight,
         temperature=temperature,
-        layerwise=layerwise,
-        layerwise_tokens=options.count_of(layerwise_tokens, "--layerwise-tokens"),
         teacher_top_k=teacher_top_k,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -20,7 +20,7 @@ from care_mla.config import HealSettings
 from care_mla.errors import HealingError
 from care_mla.files import append_line, write_tensors, write_text
 from care_mla.healing.blocks import Blocks, Order
-from care_mla.healing.distillation import LOSSES, Distillation, Phase
+from care_mla.healing.distillation import LOSSES, Distillation
 from care_mla.healing.state import Progress, RunState, is_main
 from care_mla.healing.teacher import TopProbabilities
 from care_mla.progress import Meter
@@ -50,15 +50,10 @@ def spread(distillation: Distillation, accelerator: Accelerator, *, shard: bool)
     distillation.to(accelerator.device)
     if accelerator.num_processes == 1:
         return distillation
-    layerwise = distillation.settings.layerwise
     if not shard:
-        # Matching hidden states leaves the last norm and the head without a gradient.
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=layerwise == "hidden")
         module: nn.Module = accelerator.prepare_model(distillation)
         return module
-    for layer, attention in zip(distillation.pupil.decoder_layers(), distillation.pupil.attentions(), strict=True):
-        if layerwise == "attention":
-            fully_shard(attention.student)  # has a backward pass of its own
+    for layer in distillation.pupil.decoder_layers():
         fully_shard(layer)
     if distillation.teacher is not None:
         fully_shard(distillation.teacher)
@@ -109,12 +104,6 @@ class Run:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def phase(self, step: int) -> Phase:
-        """What a step minimizes."""
-        if self.settings.layerwise is not None and step < self.settings.layerwise_steps:
-            return self.settings.layerwise
-        return "logits"
-
     def _own(self, rows: Tensor) -> list[Tensor]:
         """This process's part of a step's blocks, in micro-batches."""
         own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -131,11 +120,11 @@ class Run:
         device = self.accelerator.device
         return blocks.input_ids.long().to(device), blocks.positions.long().to(device)
 
-    def _losses(self, rows: Tensor, phase: Phase) -> Tensor:
+    def _losses(self, rows: Tensor) -> Tensor:
         device = self.accelerator.device
-        top, ids = (None, None) if self.top is None or phase != "logits" else self.top.rows(rows, device)
+        top, ids = (None, None) if self.top is None else self.top.rows(rows, device)
         with autocast(device, self.settings.precision):
-            losses: Tensor = self.module(*self._batch(self.train[rows]), top, ids, phase)
+            losses: Tensor = self.module(*self._batch(self.train[rows]), top, ids, False)
         return losses
 
     def step(self) -> dict[str, float]:
@@ -149,7 +138,7 @@ class Run:
         parts, sums = self._own(rows), torch.zeros(len(LOSSES))
         for index, part in enumerate(parts):
             with self._gradients_in_step(index == len(parts) - 1):
-                losses = self._losses(part, self.phase(step))
+                losses = self._losses(part)
                 # Gradients are averaged over processes: each gives its share of the whole step's mean, times their number.
                 (losses[0] * (self.accelerator.num_processes / tokens)).backward()
             sums += losses.detach().float().cpu()
@@ -165,9 +154,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += tokens
-        phase = self.phase(step)
-        known = {"loss": sums[0].item(), **({"kl": sums[1].item(), "ce": sums[2].item()} if phase == "logits" else {})}
-        return {**known, "lr": lr, "norm": norm, "skipped": self.progress.skipped, "matching": phase != "logits"}
+        loss, kl, ce, _ = sums.tolist()
+        return {"loss": loss, "kl": kl, "ce": ce, "lr": lr, "norm": norm, "skipped": self.progress.skipped}
 
     def _skip(self, rows: Tensor) -> None:
         """Count a step that cannot be taken, keep its blocks, and give up after too many.
@@ -202,7 +190,7 @@ class Run:
         # Under FSDP2 every process must run as many passes: all of them read all blocks.
         for part in own.split(self.settings.micro_batch_size or self.settings.batch_size):
             with autocast(self.accelerator.device, self.settings.precision):
-                sums += self.module(*self._batch(self.held_out[part]), None, None, "evaluation").float().cpu()
+                sums += self.module(*self._batch(self.held_out[part]), None, None, True).float().cpu()
         predicted = int((self.held_out.positions[:, 1:] != 0).sum())
         _, kl, ce, teacher_ce = sums.tolist()
         kl, gap = kl / self.held_out.num_tokens, (ce - teacher_ce) / predicted

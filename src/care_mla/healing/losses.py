@@ -1,4 +1,4 @@
-"""Distillation losses, pure functions of logits and hidden states. All are sums over tokens, in nats.
+"""Distillation losses, pure functions of logits. All are sums over tokens, in nats.
 
 Source: CARE Sec. 3.4, Eq. 6-8: L = CE + beta tau^2 KL(teacher || student).
 """
@@ -169,14 +169,3 @@ def losses(
     weights = (kl_weight, ce_weight)
     result: Tensor = _Losses.apply(logits, labels, teacher, weights, temperature, with_ce or bool(ce_weight))
     return result
-
-
-def relative_square_error(
-    values: Float[Tensor, "batch tokens D"], target: Float[Tensor, "batch tokens D"]
-) -> Float[Tensor, ""]:
-    """|v - t|^2 / |t|^2 of every token, summed: what the layer-wise phases minimize.
-
-    Relative to the token: the first of a text has activations a hundred times larger than the others.
-    """
-    scale = target.float().square().sum(-1).clamp_min(1e-12)
-    return ((values.float() - target.float()).square().sum(-1) / scale).sum()

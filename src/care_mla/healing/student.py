@@ -19,11 +19,10 @@ from care_mla.checkpoint import CheckpointReader
 from care_mla.config import Trained
 from care_mla.errors import CheckpointError, HealingError
 from care_mla.families import FamilySpec, get_family
-from care_mla.healing.losses import relative_square_error
 from care_mla.mapping.deepseek import NORM_GAIN, NORM_WEIGHT, SHRUNK
 from care_mla.modeling import LANGUAGE_MODEL, skeleton
 
-Runs = Literal["student", "teacher", "both"]
+Runs = Literal["student", "teacher"]
 
 STUDENT = "student"
 """Name of a pair's converted attention; it is not part of the weights' names on disk."""
@@ -41,15 +40,10 @@ class Switch:
 
     def __init__(self) -> None:
         self.runs: Runs = "student"
-        self.errors: list[Tensor] = []  # by layer, of the last pass with both
 
 
 class PairedAttention(nn.Module):
-    """A converted attention and the source's, in one place of a decoder layer.
-
-    With both running, each sees the teacher's stream, the teacher's output goes on, and the distance of the outputs is kept:
-    every layer learns by itself, and no gradient passes through depth.
-    """
+    """A converted attention and the source's, in one place of a decoder layer."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, switch: Switch):
         super().__init__()
@@ -57,14 +51,8 @@ class PairedAttention(nn.Module):
         self.switch = switch
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.switch.runs == "student":
-            return self.student(hidden_states, *args, **kwargs)
-        output = self.teacher(hidden_states, *args, **kwargs)
-        if self.switch.runs == "both":
-            with torch.enable_grad():
-                own = self.student(hidden_states.detach(), *args, **kwargs)
-                self.switch.errors.append(relative_square_error(own[0], output[0].detach()))
-        return output
+        runs = self.student if self.switch.runs == "student" else self.teacher
+        return runs(hidden_states, *args, **kwargs)
 
 
 @dataclass
@@ -92,10 +80,7 @@ class Pupil:
 
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return self.layers_of(self.model.get_submodule(self.inner) if self.inner else self.model)
-
-    def layers_of(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers of a transformers model of this family, or of one that is built like it."""
+        model = self.model.get_submodule(self.inner) if self.inner else self.model
         layers = model.get_submodule(self.family.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers

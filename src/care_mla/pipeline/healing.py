@@ -352,7 +352,8 @@ def _one_shot(work: Path, request: dict[str, Any], *, overwrite: bool) -> Path:
     if work.exists():
         require_replaceable(work, Kind.HEALING, overwrite=True, option="the run's state")
         path = work / REQUEST_FILE
-        if path.is_file() and read_json(path) == json.loads(json.dumps(request)):
+        same = path.is_file() and read_json(path) == json.loads(json.dumps(request))
+        if same and not (overwrite and _is_outdated(work)):
             _log.warning("going on with what an earlier call left in %s", work)
             return work / ONE_SHOT
     _require_no_run(work, overwrite)
@@ -459,14 +460,6 @@ def _require_settings(settings: HealSettings) -> None:
     """
     if not settings.kl_weight and not settings.ce_weight:
         raise ConfigError("--kl-weight and --ce-weight are both 0: nothing would be learned")
-    if settings.layerwise is None and settings.layerwise_tokens:
-        raise ConfigError("--layerwise-tokens needs --layerwise attention or hidden")
-    if settings.layerwise is not None and not settings.layerwise_tokens:
-        raise ConfigError(f"--layerwise {settings.layerwise} needs --layerwise-tokens, the length of that phase")
-    if settings.layerwise == "attention" and settings.train == "all":
-        raise ConfigError(
-            "--layerwise attention trains attentions alone; choose --train kv or attention, or --layerwise hidden"
-        )
 
 
 def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _Opened:
@@ -522,11 +515,21 @@ def _started(work: Path) -> dict[str, Any]:
     """What the run in `work` was started with.
 
     Raises:
-        HealingError: there is none.
+        HealingError: there is none, or it is of another version, whose settings were others.
     """
     if not (work / SETTINGS_FILE).is_file():
         raise HealingError(f"{work} holds no run to resume; start it without --resume")
+    if _is_outdated(work):
+        raise HealingError(
+            f"{work} holds an unfinished run of another version of care-mla, which this one cannot go on with; start anew with --overwrite"
+        )
     return read_json(work / SETTINGS_FILE)
+
+
+def _is_outdated(work: Path) -> bool:
+    """Whether the run in `work` is of a version of care-mla whose settings were others."""
+    path = work / SETTINGS_FILE
+    return path.is_file() and read_json(path).get("settings", {}).keys() != HealSettings.model_fields.keys()
 
 
 def _prepare_work(
@@ -626,10 +629,6 @@ def _make_run(
     family, inner = family_of(opened.reader.config)
     pupil = make_pupil(load(opened.directory, dtype=torch.float32), family, inner=inner)
     shared = share_teacher(pupil, opened.reader, opened.teacher, settings.train)
-    if settings.layerwise == "attention" and not shared:
-        raise ConfigError(
-            "--layerwise attention needs a teacher that differs in its attentions alone; use --layerwise hidden"
-        )
     teacher = None if shared else load(opened.teacher.directory, dtype=torch.float32).requires_grad_(False)
     names = set_trained(pupil, settings.train)
     if absent := set(names) - set(opened.reader.names):
