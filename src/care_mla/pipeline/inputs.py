@@ -1,36 +1,9 @@
-"""Names of the saved artifacts, and how they are written."""
+"""What a command reads, as its messages call it."""
 
 from __future__ import annotations
 
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
-
-MANIFEST = "care_manifest.json"
-
-
-SPECTRA = "care_spectra.safetensors"
-
-
-EVALUATION = "care_eval.json"
-
-
-REPORT = "care_report.html"
-
-
-EXPORT = "care_export.json"
-HEALING = "care_heal.json"
-
-
-METRICS = "care_heal.jsonl"
-"""Of a healing run: one line a step and one an evaluation."""
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide what was computed."""
-    packages = ("care-mla", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def inputs_of(
