@@ -130,7 +130,7 @@ def _generations_agree(source: Any, converted: Any) -> None:
 
 @torch.no_grad()
 def test_left_padding_does_not_matter(family: str, shelf: Shelf) -> None:
-    converted = care_mla.load(shelf.converted(family, kv_save=0.6, layout="joint", min_rank=1))
+    converted = care_mla.load(shelf.converted(family, kv_save=0.64, layout="joint", min_rank=1))
     ids = _ids(1, 9)
     padded = torch.cat([torch.full((1, 4), 2), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)], dim=1)
@@ -183,7 +183,7 @@ def test_refit_of_an_exact_conversion_changes_nothing(name: str, shelf: Shelf) -
 def test_reload_equals_original_and_cache_holds_latents_only(
     family: str, layout: str, shelf: Shelf, tmp_path: Path
 ) -> None:
-    converted = care_mla.load(shelf.converted(family, kv_save=0.6, layout=layout, min_rank=1))
+    converted = care_mla.load(shelf.converted(family, kv_save=0.64, layout=layout, min_rank=1))
     converted.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ids = _ids(2, 7)

@@ -16,7 +16,7 @@ import care_mla
 from care_mla.calibration import Propagation, TokenWindows, collect_fisher, collect_moments
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
-from care_mla.linalg import decompose, symmetric_power
+from care_mla.linalg import PositiveMatrix, decompose
 from care_mla.mapping import DenseProjections
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.stats import CrossMoments, FisherMoments, Moments
@@ -148,7 +148,7 @@ def test_a_factorization_that_fails_names_the_matrix(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         NumericalError, match=r"the metric \[3, 3\] could not be factorized \(linalg.eigh.*converge\.\)"
     ):
-        symmetric_power(eye, 0.5, name="the metric")
+        PositiveMatrix(eye, name="the metric").power(0.5)
     with pytest.raises(NumericalError, match="the second moment of the outputs"):
         decompose(eye)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from care_mla.errors import RankError
-from care_mla.linalg import shrink_to_isotropic, symmetric_power
+from care_mla.linalg import PositiveMatrix, shrink_to_isotropic
 from care_mla.mapping import query_factors, query_metric, relative_query_error
 
 GROUPS, HEADS, WIDTH, INPUT = 2, 4, 4, 6
@@ -27,7 +27,7 @@ def _problem() -> tuple[Tensor, Tensor, Tensor]:
 def test_error_is_the_tail_of_the_whitened_singular_values(rank: int) -> None:
     W, C, K = _problem()
     factors = query_factors(W, C, K, rank, shrinkage=0.01)
-    whitened = symmetric_power(K, 0.5) @ W @ symmetric_power(shrink_to_isotropic(C, 0.01), 0.5)
+    whitened = PositiveMatrix(K).power(0.5) @ W @ PositiveMatrix(shrink_to_isotropic(C, 0.01)).power(0.5)
     lost = W - factors.up @ factors.encode @ W
     error = torch.einsum("ij,jk,lk,li->", lost, shrink_to_isotropic(C, 0.01), lost, K)
     torch.testing.assert_close(error, torch.linalg.svdvals(whitened)[rank:].square().sum())

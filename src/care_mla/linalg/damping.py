@@ -9,11 +9,11 @@ from torch import Tensor
 from care_mla.errors import ConfigError
 
 
-def shrink(matrix: Float[Tensor, "n n"], target: Float[Tensor, "n n"], shrinkage: float) -> Float[Tensor, "n n"]:
+def shrink(matrix: Float[Tensor, "*n"], target: Float[Tensor, "*n"], shrinkage: float) -> Float[Tensor, "*n"]:
     """Mix a second moment with its regularization target: (1 - a) M + a T.
 
     Args:
-        matrix: symmetric positive semi-definite.
+        matrix: symmetric positive semi-definite; or its eigenvalues, where the target is a multiple of the identity.
         target: what unlimited doubt would put in its place, on the scale of `matrix`.
         shrinkage: a, in [0, 1].
 

@@ -44,17 +44,6 @@ def symmetric_eigen(
     return values, vectors
 
 
-def symmetric_eigenvalues(matrix: Float[Tensor, "n n"], *, name: str) -> Float[Tensor, "n"]:
-    """Eigenvalues of a symmetric matrix, ascending.
-
-    Raises:
-        NumericalError: no convergence.
-    """
-    with _named(name, matrix):
-        values: Tensor = torch.linalg.eigvalsh(matrix)
-    return values
-
-
 def positive_inverse(matrix: Float[Tensor, "n n"], *, name: str) -> Float[Tensor, "n n"]:
     """Inverse of a symmetric positive definite matrix.
 

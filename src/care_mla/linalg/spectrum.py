@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import NumericalError, RankError
-from care_mla.linalg.powers import symmetric_power
+from care_mla.linalg.powers import PositiveMatrix
 from care_mla.linalg.solvers import symmetric_eigen
 
 
@@ -57,12 +57,16 @@ class Factors:
         return self.up @ self.encode
 
 
-def decompose(second_moment: Float[Tensor, "n n"], metric: Float[Tensor, "n n"] | None = None) -> Spectrum:
+def decompose(
+    second_moment: Float[Tensor, "n n"], metric: PositiveMatrix | None = None, *, outputs_of: Tensor | None = None
+) -> Spectrum:
     """Spectrum of the outputs under a metric.
 
     Args:
         second_moment: M = E[y y^T], shrunk, float64.
-        metric: G, symmetric positive definite; None is the identity (plain squared error of y).
+        metric: G, positive definite; None is the identity (plain squared error of y).
+        outputs_of: [n, D], the map W of y = W x. Outputs of fewer inputs than they have elements (keys and values of MHA)
+            span D directions only, and are decomposed there; the remaining n - D have energy 0.
 
     Raises:
         NumericalError: moments that are not finite or all zero, or a singular metric.
@@ -72,10 +76,11 @@ def decompose(second_moment: Float[Tensor, "n n"], metric: Float[Tensor, "n n"] 
     """
     if not bool(torch.isfinite(second_moment).all()):
         raise NumericalError("the second moment of the outputs has non-finite entries; calibrate again")
-    half: Tensor | None = None
-    whitened = second_moment
+    if outputs_of is not None and outputs_of.shape[0] > outputs_of.shape[1]:
+        return _decompose_span(second_moment, metric, outputs_of)
+    whitened, half = second_moment, None
     if metric is not None:
-        half = symmetric_power(metric, 0.5, name="the output metric G")
+        half = metric.power(0.5)
         whitened = half @ second_moment @ half
     energies, vectors = symmetric_eigen((whitened + whitened.T) / 2, name="the second moment of the outputs")
     energies, vectors = energies.flip(0).clamp_min(0.0), vectors.flip(1)
@@ -85,7 +90,25 @@ def decompose(second_moment: Float[Tensor, "n n"], metric: Float[Tensor, "n n"] 
         )
     if half is None or metric is None:
         return Spectrum(energies, vectors.T.contiguous(), vectors)
-    return Spectrum(energies, vectors.T @ half, symmetric_power(metric, -0.5, name="the output metric G") @ vectors)
+    return Spectrum(energies, vectors.T @ half, metric.power(-0.5) @ vectors)
+
+
+def _decompose_span(
+    second_moment: Float[Tensor, "n n"], metric: PositiveMatrix | None, outputs_of: Float[Tensor, "n D"]
+) -> Spectrum:
+    """The spectrum on the span of the outputs, which holds every optimal map, completed by directions of energy 0.
+
+    With Q an orthonormal basis of the span, y = Q z: an error of z weighs Q^T G Q, and z has the second moment Q^T M Q.
+    """
+    width, inputs = outputs_of.shape
+    whole = torch.linalg.qr(outputs_of, mode="complete").Q
+    span, rest = whole[:, :inputs], whole[:, inputs:]
+    inside = decompose(span.T @ second_moment @ span, None if metric is None else metric.restricted(span))
+    return Spectrum(
+        energies=torch.cat([inside.energies, inside.energies.new_zeros(width - inputs)]),
+        encoder=torch.cat([inside.encoder @ span.T, rest.T]),
+        decoder=torch.cat([span @ inside.decoder, rest], dim=1),
+    )
 
 
 def truncate(spectrum: Spectrum, rank: int) -> Factors:

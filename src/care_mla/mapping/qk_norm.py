@@ -134,4 +134,4 @@ def linearized_statistics(
         output_sum=W @ weighted.input_second[:-1, -1],
         output_second=W @ weighted.input_second[:-1, :-1] @ W.T,
     )
-    return LayerStatistics(moments, fisher)
+    return LayerStatistics(moments, fisher, collected.eigenpairs)

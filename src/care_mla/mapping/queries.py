@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_mla.linalg import Factors, decompose, shrink, shrink_to_isotropic, truncate
+from care_mla.linalg import Factors, PositiveMatrix, decompose, shrink, shrink_to_isotropic, truncate
 from care_mla.mapping.latent import share
 
 METRIC_SHRINKAGE = 0.02
@@ -64,7 +64,9 @@ def query_factors(
         RankError: rank outside 1..nq.
     """
     isotropic = input_second.diagonal().mean() * (W @ W.T)
-    return truncate(decompose(shrink(W @ input_second @ W.T, isotropic, shrinkage), metric), rank)
+    second_moment = shrink(W @ input_second @ W.T, isotropic, shrinkage)
+    weights = PositiveMatrix(metric, name="the metric of the turned keys")
+    return truncate(decompose(second_moment, weights, outputs_of=W), rank)
 
 
 def relative_query_error(factors: Factors, W: Float[Tensor, "nq D"], input_second: Float[Tensor, "D D"]) -> float:

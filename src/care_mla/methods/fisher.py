@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError
-from care_mla.linalg import shrink, shrink_to_isotropic, symmetric_power
+from care_mla.linalg import PositiveMatrix, shrink
 from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
@@ -20,7 +20,7 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     """M = second moment of y - mu, G = tempered second moment of the loss gradients at y.
 
     G is scaled to mean eigenvalue 1 before the power and back after it, so that energies of different layers stay
-    comparable. The mean is taken out before shrinkage: shrinking first would leave M indefinite along mu.
+    comparable; shrinkage and power keep its eigenvectors, so one decomposition of it serves all of them. The mean is taken out before shrinkage: shrinking first would leave M indefinite along mu.
 
     Raises:
         CalibrationError: no Fisher statistics.
@@ -33,8 +33,8 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     mean = collected.mean if weighting.centre else torch.zeros_like(collected.mean)
     centred = collected.second_moment - torch.outer(mean, mean)
     second_moment = shrink(centred, statistics.moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
-    gradients = collected.metric
-    scale = gradients.diagonal().mean()
-    damped = shrink_to_isotropic(gradients / scale, weighting.fisher_shrinkage)
-    metric = scale * symmetric_power(damped, weighting.fisher_exponent, name="the Fisher metric G")
-    return Metric(second_moment, metric, mean if weighting.centre else None)
+    values, vectors = statistics.gradients.eigenpairs
+    scale = values.mean()
+    damped = shrink(values / scale, torch.ones_like(values), weighting.fisher_shrinkage)
+    metric = PositiveMatrix(name="the Fisher metric G", eigenpairs=(damped, vectors))
+    return Metric(second_moment, metric.tempered(weighting.fisher_exponent, scale), mean if weighting.centre else None)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError, ConfigError
+from care_mla.linalg import PositiveMatrix
 from care_mla.stats import LayerStatistics
 
 
@@ -40,7 +41,7 @@ class Metric:
     """
 
     second_moment: Float[Tensor, "m m"]
-    output_metric: Float[Tensor, "m m"] | None = None
+    output_metric: PositiveMatrix | None = None
     mean: Float[Tensor, "m"] | None = None
 
     def block(self, rows: slice) -> Metric:
@@ -48,7 +49,7 @@ class Metric:
         metric, mean = self.output_metric, self.mean
         return Metric(
             self.second_moment[rows, rows],
-            None if metric is None else metric[rows, rows],
+            None if metric is None else metric.block(rows),
             None if mean is None else mean[rows],
         )
 

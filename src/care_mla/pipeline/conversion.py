@@ -20,7 +20,7 @@ from care_mla.linalg import Factors
 from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
 from care_mla.pipeline.evaluation import draw_report
-from care_mla.pipeline.evidence import require_statistics
+from care_mla.pipeline.evidence import SharedEigenpairs, require_statistics
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.planning import rank_plan, require_recipe, settle
 from care_mla.pipeline.queries import low_rank_queries
@@ -100,8 +100,9 @@ def convert(
         if statistics is None:
             write_statistics(opened, work, settings, device=where, dtype="auto", track=track)
             statistics = StatisticsStore(work)
-        chosen, budget, rotary_widths = settle(opened, statistics, options, track)
-        spectra = LayerSpectra(opened, statistics, chosen, work, track=track)
+        shared = SharedEigenpairs(work) if len(options) > 1 else None
+        chosen, budget, rotary_widths = settle(opened, statistics, options, track, shared)
+        spectra = LayerSpectra(opened, statistics, chosen, work, shared=shared, track=track)
         plan = rank_plan(spectra, budget, chosen)
         propagation = _propagation(opened, statistics, chosen, where) if chosen.refit else None
         writer = _CheckpointBuilder(opened, chosen, plan, staging)

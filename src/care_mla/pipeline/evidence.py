@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from care_mla.config import Recipe
+from care_mla.files import write_tensors
 from care_mla.mapping import (
     AttentionWeights,
     constant_scale,
@@ -19,6 +22,27 @@ from care_mla.mapping import (
 from care_mla.methods import get_method, require_inputs
 from care_mla.pipeline.source import Source
 from care_mla.stats import LayerStatistics, Moments, StatisticsStore
+
+
+class SharedEigenpairs:
+    """Eigenpairs of every layer's gradient moment G, found once and kept on disk for all recipes that are compared."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def add_to(self, collected: LayerStatistics, layer: int, *, normalized: bool) -> LayerStatistics:
+        """The statistics with the eigenpairs of their G.
+
+        Args:
+            normalized: whether the gradients are those of normalized keys; a layer may have both.
+        """
+        path = self.directory / f"gradients_{'normalized_' if normalized else ''}{layer}.safetensors"
+        if path.is_file():
+            tensors = load_file(path)
+            return replace(collected, eigenpairs=(tensors["values"], tensors["vectors"]))
+        values, vectors = collected.gradients.eigenpairs
+        write_tensors(path, {"values": values, "vectors": vectors})
+        return replace(collected, eigenpairs=(values, vectors))
 
 
 class Evidence:
@@ -32,10 +56,10 @@ class Evidence:
         self.linear = recipe.qk_norm == "linear"
         self.caches_scales = recipe.layout == "mla" and source.family.k_norm is not None and not self.linear
         """Whether 1 / rms of the original keys is cached, see `mapping.mla`."""
-        at_normalized_keys = self.caches_scales or self.linear
-        self.fisher = statistics.normalized_fisher if at_normalized_keys else statistics.fisher
+        self.at_normalized_keys = self.caches_scales or self.linear
+        self.fisher = statistics.normalized_fisher if self.at_normalized_keys else statistics.fisher
         """layer -> its gradients, where the latent's error meets them: behind a norm that is not run on what is rebuilt."""
-        self.has_fisher = statistics.has_normalized_fisher if at_normalized_keys else statistics.has_fisher
+        self.has_fisher = statistics.has_normalized_fisher if self.at_normalized_keys else statistics.has_fisher
         self.attention = lru_cache(maxsize=1)(self._attention)  # a layer's regression serves all that ask of the layer
         """layer -> projections that are mapped; layout mla."""
 

@@ -19,6 +19,7 @@ from care_mla.families import get_family
 from care_mla.files import require_own_file, write_bytes
 from care_mla.geometry import Geometry
 from care_mla.methods import get_method
+from care_mla.pipeline.evidence import SharedEigenpairs
 from care_mla.pipeline.source import Source, open_source, require_expressible
 from care_mla.pipeline.spectra import LayerSpectra, layer_records, predicted_total
 from care_mla.pipeline.statistics import open_statistics
@@ -145,7 +146,11 @@ def _rotary_widths(recipe: Recipe, geometry: Geometry) -> list[int]:
 
 
 def settle(
-    source: Source, statistics: StatisticsStore, options: Sequence[tuple[Recipe, Budget]], track: Track
+    source: Source,
+    statistics: StatisticsStore,
+    options: Sequence[tuple[Recipe, Budget]],
+    track: Track,
+    shared: SharedEigenpairs | None,
 ) -> tuple[Recipe, Budget, dict[int, dict[str, float]]]:
     """The rotary width of least predicted loss, the latent's part weighted (`LATENT_LOSS_WEIGHT`), and by width what dropped
     rotations and truncation were predicted to lose; nothing to do for one option."""
@@ -154,7 +159,7 @@ def settle(
     parts: dict[int, dict[str, float]] = {}
     for recipe, budget in options:
         with scratch() as work:
-            spectra = LayerSpectra(source, statistics, recipe, work, track=track)
+            spectra = LayerSpectra(source, statistics, recipe, work, shared=shared, track=track)
             records = layer_records(spectra, rank_plan(spectra, budget, recipe))
         rotation = sum(record["predicted_rotation_loss"] for record in records)
         total = predicted_total(records)
@@ -283,24 +288,26 @@ def plan_ranks(
         for recipe in recipes
         for share in kv_save
     ]
-    decided = [settle(opened, store, each, track)[:2] for each in options]
     forecasts = []
-    for _, group in groupby(decided, key=lambda one: _spectra_key(one[0])):
-        budgets = list(group)
-        with scratch() as work:
-            spectra = LayerSpectra(opened, store, budgets[0][0], work, track=track)
-            for recipe, budget in budgets:
-                plan = rank_plan(spectra, budget, recipe)
-                records = layer_records(spectra, plan)
-                forecasts.append(
-                    RankForecast(
-                        recipe.model_dump(),
-                        plan.kv_save(opened.geometry),
-                        plan,
-                        predicted_total(records),
-                        tuple(spectra.notes),
+    with scratch() as common_work:
+        shared = SharedEigenpairs(common_work)
+        decided = [settle(opened, store, each, track, shared)[:2] for each in options]
+        for _, group in groupby(decided, key=lambda one: _spectra_key(one[0])):
+            budgets = list(group)
+            with scratch() as work:
+                spectra = LayerSpectra(opened, store, budgets[0][0], work, shared=shared, track=track)
+                for recipe, budget in budgets:
+                    plan = rank_plan(spectra, budget, recipe)
+                    records = layer_records(spectra, plan)
+                    forecasts.append(
+                        RankForecast(
+                            recipe.model_dump(),
+                            plan.kv_save(opened.geometry),
+                            plan,
+                            predicted_total(records),
+                            tuple(spectra.notes),
+                        )
                     )
-                )
     return forecasts
 
 

@@ -22,7 +22,7 @@ from care_mla.mapping import (
     split_blocks,
 )
 from care_mla.methods import Metric, get_method
-from care_mla.pipeline.evidence import Evidence
+from care_mla.pipeline.evidence import Evidence, SharedEigenpairs
 from care_mla.pipeline.source import Source
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
@@ -42,8 +42,20 @@ class LayerSpectra:
     """Spectra of all layers under one recipe, computed layer by layer and kept on disk: only energies stay in memory."""
 
     def __init__(
-        self, source: Source, statistics: StatisticsStore, recipe: Recipe, directory: Path, *, track: Track = silent
+        self,
+        source: Source,
+        statistics: StatisticsStore,
+        recipe: Recipe,
+        directory: Path,
+        *,
+        shared: SharedEigenpairs | None = None,
+        track: Track = silent,
     ):
+        """
+        Args:
+            directory: for the spectra, one file a layer and block.
+            shared: where other recipes are compared with this one.
+        """
         self.directory = directory
         self.layout = recipe.layout
         self.num_blocks = len(BLOCKS[recipe.layout])
@@ -58,17 +70,20 @@ class LayerSpectra:
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
         for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
             collected, W = self.evidence.carried(layer, with_fisher=method.needs_fisher)
+            if shared is not None and method.needs_fisher:
+                collected = shared.add_to(collected, layer, normalized=self.evidence.at_normalized_keys)
             self._note_evidence(layer, collected, recipe)
             metric = method.metric(collected, W, recipe.weighting)
             self.means.append(metric.mean)
             if recipe.layout == "mla":
                 self.selections.append(self._select(source, metric, recipe))
                 B = position_free(self.selections[layer])
-                metric = method.metric(collected.carrying(B), B @ W, recipe.weighting)
+                W = B @ W
+                metric = method.metric(collected.carrying(B), W, recipe.weighting)
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
                 try:
-                    spectrum = decompose(part.second_moment, part.output_metric)
+                    spectrum = decompose(part.second_moment, part.output_metric, outputs_of=W[block_rows])
                 except NumericalError as error:
                     tokens = int(collected.moments.num_tokens)
                     raise NumericalError(f"layer {layer}, calibrated on {tokens} tokens: {error}") from error
@@ -92,7 +107,7 @@ class LayerSpectra:
         weights = (
             None
             if keys.output_metric is None
-            else complex_moment(keys.output_metric, geometry.head_dim, recipe.freq_fold)
+            else complex_moment(keys.output_metric.matrix, geometry.head_dim, recipe.freq_fold)
         )
         if recipe.rope == "transmla":
             moment, weights = moment.real.to(moment.dtype), None
@@ -109,7 +124,7 @@ class LayerSpectra:
         if layer == 0 and fisher is not None and int(fisher.num_tokens) < len(fisher.output_sum):
             self.notes.append(
                 f"calibrated on {int(fisher.num_tokens)} tokens, fewer than the {len(fisher.output_sum)} directions of keys and values: "
-                f"gradients give evidence of {fisher.effective_rank:.0f} (effective rank, layer 0), --shrinkage {recipe.shrinkage:g} and "
+                f"gradients give evidence of {collected.gradients.effective_rank:.0f} (effective rank, layer 0), --shrinkage {recipe.shrinkage:g} and "
                 f"--fisher-shrinkage {recipe.fisher_shrinkage:g} fill in the rest; give more --samples"
             )
 

@@ -30,6 +30,8 @@ Priority = Callable[[Float[Tensor, "n"], int, int], float]
 def greedy(energies: Energies, budget: int, bounds: Bounds, priority: Priority) -> list[int]:
     """Start every layer at its minimum and give steps of `multiple` ranks to the largest priority until the budget is spent.
 
+    Of equal priorities the smaller rank comes first: what no layer gains by (ranks beyond D of an MHA model) is spread evenly.
+
     Args:
         energies: per layer, descending.
         budget: sum of ranks allowed.
@@ -46,17 +48,17 @@ def greedy(energies: Energies, budget: int, bounds: Bounds, priority: Priority) 
         )
     step = bounds.multiple
     heap = [
-        (-priority(e, bounds.least, step), layer)
+        (-priority(e, bounds.least, step), bounds.least, layer)
         for layer, e in enumerate(energies)
         if bounds.least + step <= bounds.most
     ]
     heapq.heapify(heap)
     while heap and left >= step:
-        _, layer = heapq.heappop(heap)
+        _, _, layer = heapq.heappop(heap)
         ranks[layer] += step
         left -= step
         if ranks[layer] + step <= bounds.most:
-            heapq.heappush(heap, (-priority(energies[layer], ranks[layer], step), layer))
+            heapq.heappush(heap, (-priority(energies[layer], ranks[layer], step), ranks[layer], layer))
     return ranks
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import CalibrationError
-from care_mla.linalg import positive_inverse, shrink_to_isotropic, solve, symmetric_eigenvalues
+from care_mla.linalg import positive_inverse, shrink_to_isotropic, solve
 from care_mla.stats.moments import MergeableSums
 
 RUNNING_SHRINKAGE = 0.02
@@ -127,13 +127,3 @@ class FisherMoments(MergeableSums):
         plain = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
         leverage: Tensor = solve(plain, self.second_moment, name="the second moment of the outputs").diagonal().sum()
         return self.gradient_second / (self.num_tokens * leverage)
-
-    @property
-    def effective_rank(self) -> float:
-        """Independent directions that the gradients give evidence of: exp of the entropy of G's normalized eigenvalues.
-
-        Source: Roy and Vetterli, The effective rank, 2007.
-        """
-        eigenvalues = symmetric_eigenvalues(self.gradient_second, name="the Fisher metric G").clamp_min(0.0)
-        shares = eigenvalues / eigenvalues.sum()
-        return float(torch.special.entr(shares).sum().exp())

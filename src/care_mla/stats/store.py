@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from care_mla.errors import CalibrationError
 from care_mla.files import write_json, write_tensors
+from care_mla.linalg import PositiveMatrix
 from care_mla.stats.fisher import FisherMoments
 from care_mla.stats.moments import Moments
 from care_mla.stats.normalized import NormalizedStatistics
@@ -39,14 +41,28 @@ def _normalized_file(directory: Path, layer: int) -> Path:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a method may use of one layer; `fisher` only where it was collected and asked for."""
+    """What a method may use of one layer; `fisher` only where it was collected and asked for.
+
+    Attributes:
+        eigenpairs: of the gradients' second moment G, where they are known already.
+    """
 
     moments: Moments
     fisher: FisherMoments | None = None
+    eigenpairs: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def gradients(self) -> PositiveMatrix:
+        """G, the second moment of the gradients. Everything that asks for a power of it shares one eigendecomposition."""
+        assert self.fisher is not None
+        matrix = self.fisher.metric if self.eigenpairs is None else None
+        return PositiveMatrix(matrix, name="the Fisher metric G", eigenpairs=self.eigenpairs)
 
     def carrying(self, B: Tensor) -> LayerStatistics:
-        """The statistics of B y, where a latent carries only that part of the outputs."""
-        return LayerStatistics(self.moments.carrying(B), None if self.fisher is None else self.fisher.carrying(B))
+        """The statistics of B y, where a latent carries only that part of the outputs; errors of it meet the same gradients."""
+        if self.fisher is None:
+            return LayerStatistics(self.moments.carrying(B))
+        return LayerStatistics(self.moments.carrying(B), self.fisher.carrying(B), self.gradients.eigenpairs)
 
 
 class StatisticsWriter:

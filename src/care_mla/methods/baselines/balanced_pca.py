@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_mla.linalg import shrink
+from care_mla.linalg import PositiveMatrix, shrink
 from care_mla.methods.registry import Metric, Weighting, method
 from care_mla.stats import LayerStatistics
 
@@ -21,4 +21,5 @@ def balanced_pca(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting
     M = shrink(moments.second_moment, moments.mean_input_energy * (W @ W.T), weighting.shrinkage)
     energies = M.diagonal().view(2, -1).sum(1)
     energies = energies.clamp_min(1e-9 * float(energies.max()))  # no position-free keys are left where all of them turn
-    return Metric(M, torch.diag((1.0 / energies).repeat_interleave(len(M) // 2)))
+    balance = torch.diag((1.0 / energies).repeat_interleave(len(M) // 2))
+    return Metric(M, PositiveMatrix(balance, name="the balance of keys and values"))
