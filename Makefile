@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 MODEL  := build/smollm2-135m
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs clean
 
 # torch first: its CPU build must be in place before another package asks for "torch". Elsewhere, TORCH=torch takes the platform's build.
 TORCH ?= torch==2.13.0
@@ -31,6 +31,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed  # the documentation as a site in build/site; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build $(VENV)

@@ -1,6 +1,6 @@
 """Time and memory of calibration against the bare forward passes, in one process: forward-only (alternating), then with Fisher.
 
-    python benchmarks/calibration_cost.py --model build/smollm2-135m --text ../shared/data/wikitext2/valid.tokens.txt
+    python benchmarks/calibration_cost.py --model build/smollm2-135m --text DATA/wikitext2/valid.tokens.txt
 
 Bare: the decoder's forward (no language-model head) over the same 128 x 256 tokens in the same batches. Writes
 benchmarks/results/calibration_cost.json.

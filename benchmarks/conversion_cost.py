@@ -1,6 +1,6 @@
 """Wall time of whole conversions, calibration included: the default (Fisher) against a forward-only one, alternating.
 
-    python benchmarks/conversion_cost.py --model build/smollm2-135m --text ../shared/data/wikitext2/valid.tokens.txt
+    python benchmarks/conversion_cost.py --model build/smollm2-135m --text DATA/wikitext2/valid.tokens.txt
 
 Each is `care convert SOURCE --kv-save X --calibration TEXT` with 128 x 256 tokens; forward-only adds `--method care`. Writes
 benchmarks/results/conversion_cost.json.

@@ -1,6 +1,6 @@
 """Loss of the default conversion as a fraction of CARE-U's, over corpora, window lengths and seeds; multiple-choice accuracy.
 
-    python benchmarks/fidelity.py --model build/smollm2-135m --data ../shared/data --work build/fidelity
+    python benchmarks/fidelity.py --model build/smollm2-135m --data DATA --work build/fidelity
 
 Every conversion goes through the public pipeline: CARE-U is `--method care --layout split --ranks uniform`, ours is
 `care convert SOURCE --kv-save X` with nothing else said, both from the same statistics (128 x 256 tokens) at the same number of
@@ -194,7 +194,7 @@ def fractions(rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def markdown(records: list[dict[str, Any]], rows: dict[str, Any]) -> str:
-    """The tables of docs/results.md."""
+    """The tables of docs/results/fidelity.md."""
     texts = list(rows["original"]["losses"])
     lines = [f"| calibrated on | saved | {' | '.join(texts)} |", "|-|-|" + "-|" * len(texts)]
     for corpus, kv_save in dict.fromkeys((r["calibration"], r["kv_save"]) for r in records):

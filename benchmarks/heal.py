@@ -1,11 +1,11 @@
 """What healing gives back: perplexity on WikiText-2 test before and after, by saving, text, starting point and tokens.
 
-    python benchmarks/heal.py --model build/smollm2-135m --data ../shared/data --work build/heal
+    python benchmarks/heal.py --model build/smollm2-135m --data DATA --work build/heal
 
 Models are converted from statistics of 128 x 256 tokens (seed 42) of WikiText-2 validation, where a row does not say otherwise, healed
 with the defaults of `care heal` (factors alone, KL alone) on WikiText-2 validation or on C4 documents 0-149 and Alpaca items 0-499, and
 evaluated on the first 8 x 512 tokens of WikiText-2 test, on which nothing was chosen. What is finished is kept in --work; `--rows` names some.
-Writes benchmarks/results/heal.json and docs/healing.svg (KL on held-out blocks of the training text against tokens).
+Writes benchmarks/results/heal.json and docs/results/healing.svg (KL on held-out blocks of the training text against tokens).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rows", nargs="*", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "heal.json")
-    parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "healing.svg")
+    parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "results" / "healing.svg")
     arguments = parser.parse_args()
     quiet_libraries()
     texts, tests = split_texts(arguments.data, arguments.work / "text")

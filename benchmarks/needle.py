@@ -1,6 +1,6 @@
 """Copying a random string over a distance: does long-range attention survive a conversion to layout mla?
 
-    python benchmarks/needle.py --model build/smollm2-135m --data ../shared/data --work build/needle
+    python benchmarks/needle.py --model build/smollm2-135m --data DATA --work build/needle
 
 A string of random tokens, random tokens up to the distance, and the string again: the share of its tokens that are the model's
 first choice given those before (the first `LEAD` only say which string is meant). Calibrated at windows of 512, seed 42, on C4 (64

@@ -1,6 +1,6 @@
 """One-shot perplexity of every method, layout and budget, through the public pipeline.
 
-    python benchmarks/one_shot.py --model build/smollm2-135m --data ../shared/data
+    python benchmarks/one_shot.py --model build/smollm2-135m --data DATA
 
 Calibration: wikitext2/valid.tokens.txt, 128 windows of 256 tokens, seed 42. Evaluation: the first 8 windows of 512 tokens of
 test.tokens.txt and of test.raw.txt. Writes benchmarks/results/one_shot.json.

@@ -1,6 +1,6 @@
 """What linearized QK-norm costs: `--qk-norm exact` and `linear` on SmolLM2 with QK-norm grafted in.
 
-    python benchmarks/qk_norm.py --model build/smollm2-135m --data ../shared/data --work build/qk_norm
+    python benchmarks/qk_norm.py --model build/smollm2-135m --data DATA --work build/qk_norm
 
 The graft is a Qwen3 model of SmolLM2's weights. Its norms divide a head's query or key z by sqrt(mean(z^2) + t m), m the mean square of the
 layer's queries or keys on calibration text, and multiply by sqrt((1 + t) m): heads of average size pass as they are. Pure norms

@@ -1,6 +1,6 @@
 """What `--q-lora-rank` costs beside layout mla at 50% saved.
 
-    python benchmarks/query_rank.py --model build/smollm2-135m --data ../shared/data --work build/query_rank
+    python benchmarks/query_rank.py --model build/smollm2-135m --data DATA --work build/query_rank
 
 Calibrated on 128 x 256 tokens of C4, seed 42; a rotary key of 64; perplexity of 8 windows of 512 tokens of WikiText-2 validation.
 What is finished is kept in --work.

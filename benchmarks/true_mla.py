@@ -1,12 +1,12 @@
 """Layout mla against TransMLA's transformation at the same cache: rotary selection alone, and full MLA.
 
-    python benchmarks/true_mla.py --model build/smollm2-135m --data ../shared/data --work build/true_mla
+    python benchmarks/true_mla.py --model build/smollm2-135m --data DATA --work build/true_mla
 
 Calibrated on 128 x 256 tokens of WikiText-2 validation and of C4, seed 42; evaluated on WikiText-2 test at windows of 8 x 512 and
 4 x 2048 tokens, with one selection made for `--context 8192`. `transmla`: real PCA per frequency, first component, balanced PCA,
 uniform ranks; also with FreqFold 2, which makes it stronger. --work may be that of fidelity.py, whose statistics serve. Writes benchmarks/results/true_mla.json.
 
-Windows of 8192 take ten minutes a row on one core, and some 6 GB; the table of docs/mla.md is of
+Windows of 8192 take ten minutes a row on one core, and some 6 GB; the table of docs/results/true-mla.md is of
 
     python benchmarks/true_mla.py ... --seqlens 8192 --calibrations wikitext2 --recipes transmla stock free --budgets 2 \
         --work build/true_mla_8192 --json benchmarks/results/true_mla_8192.json

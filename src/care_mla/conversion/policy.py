@@ -1,7 +1,7 @@
 """What a cache budget decides where a recipe leaves it open, with the measurements behind it.
 
 All numbers: SmolLM2-135M-Instruct, layout joint, calibrated on C4, held-out text, loss increase as a fraction of CARE-U's on
-WikiText-2 / C4 / Alpaca; docs/fisher.md has the tables.
+WikiText-2 / C4 / Alpaca; docs/results/metric.md has the tables.
 
 - Exponent p of the Fisher metric G^p. At 50% saving p = .5 gives .080 / .128 (C4 at 512, wiki at 2048 tokens), p = .65 .082 / .096,
   p = .8 .076 / .084. From 75% on the quadratic model of the loss breaks and p = .5 was best.
