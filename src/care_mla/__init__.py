@@ -6,18 +6,29 @@ AutoModelForCausalLM, now or as soon as transformers is imported.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from care_mla import registration
+from care_mla.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from care_mla.errors import ConversionError
+    from care_mla.config import CalibrationSettings, EvaluationSettings, ExportSettings, HealSettings, Recipe
+    from care_mla.errors import (
+        CalibrationError,
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        HealingError,
+        NumericalError,
+        RankError,
+        UnsupportedModelError,
+    )
     from care_mla.families import FamilySpec, register_family
     from care_mla.modeling import LatentCache, load
     from care_mla.pipeline import (
         calibrate,
         convert,
+        convert_and_heal,
         evaluate,
         export,
         fetch,
@@ -29,53 +40,36 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-_HOMES = {
-    "care_mla.errors": ("ConversionError",),
-    "care_mla.families": ("FamilySpec", "register_family"),
-    "care_mla.modeling": ("LatentCache", "load"),
-    "care_mla.pipeline": (
-        "calibrate",
-        "convert",
-        "evaluate",
-        "export",
-        "fetch",
-        "heal",
-        "inspect",
-        "plan_ranks",
-        "plan_uniform",
-        "write_report",
-    ),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = [
-    "ConversionError",
-    "FamilySpec",
-    "LatentCache",
-    "calibrate",
-    "convert",
-    "evaluate",
-    "export",
-    "fetch",
-    "heal",
-    "inspect",
-    "load",
-    "plan_ranks",
-    "plan_uniform",
-    "register_family",
-    "write_report",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
-
+on_first_use(
+    __name__,
+    {
+        "care_mla.config": ("CalibrationSettings", "EvaluationSettings", "ExportSettings", "HealSettings", "Recipe"),
+        "care_mla.errors": (
+            "CalibrationError",
+            "CheckpointError",
+            "ConfigError",
+            "ConversionError",
+            "HealingError",
+            "NumericalError",
+            "RankError",
+            "UnsupportedModelError",
+        ),
+        "care_mla.families": ("FamilySpec", "register_family"),
+        "care_mla.modeling": ("LatentCache", "load"),
+        "care_mla.pipeline": (
+            "calibrate",
+            "convert",
+            "convert_and_heal",
+            "evaluate",
+            "export",
+            "fetch",
+            "heal",
+            "inspect",
+            "plan_ranks",
+            "plan_uniform",
+            "write_report",
+        ),
+    },
+)
 
 registration.with_transformers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -15,21 +15,36 @@ AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 def with_transformers() -> None:
     """Register our classes now if transformers' Auto classes are imported, else as soon as they are."""
+    when_imported(_register)
+
+
+def when_imported(act: Callable[[], object]) -> None:
+    """Do something now if transformers' Auto classes are imported, else as soon as they are."""
     if AUTO_CLASSES in sys.modules:
-        import_module("care_mla.modeling")
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        act()
+        return
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+    if finder is None:
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+    if act not in finder.waiting:
+        finder.waiting.append(act)
+
+
+def _register() -> None:
+    import_module("care_mla.modeling")
 
 
 class _Finder(MetaPathFinder):
     """Finds transformers' modules where Python would, and counts how many are being imported within each other.
 
-    When the outermost is whole and the Auto classes are among what it brought, ours are registered. Earlier they could not be
-    imported: they need parts of transformers that would be half there.
+    When the outermost is whole and the Auto classes are among what it brought, what waits is done: ours are registered. Earlier
+    they could not be imported: they need parts of transformers that would be half there.
     """
 
     def __init__(self) -> None:
         self.depth = 0
+        self.waiting: list[Callable[[], object]] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -46,7 +61,8 @@ class _Finder(MetaPathFinder):
         self.depth -= 1
         if self.depth == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
-            import_module("care_mla.modeling")
+            for act in self.waiting:
+                act()
 
 
 class _Loader(Loader):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import care_mla
 from care_mla.checkpoint import CheckpointReader
-from care_mla.config import HealSettings, Trained
+from care_mla.config import HealSettings
 from care_mla.errors import CalibrationError, CheckpointError, ConfigError, HealingError
 from care_mla.families import get_family
 from care_mla.healing import (
@@ -33,6 +33,7 @@ from care_mla.healing import (
 from care_mla.healing.losses import CHUNK, IGNORED, TopTarget, losses, next_tokens, top_target
 from care_mla.healing.state import Progress, RunState
 from care_mla.healing.student import STOCK, Pupil
+from care_mla.names import Trained
 
 TOKENS, VOCABULARY = 2 * CHUNK + 44, 50
 

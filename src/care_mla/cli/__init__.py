@@ -46,12 +46,14 @@ def _run() -> int:
             signal.signal(number, _as_interrupt)
     import typer
 
+    from care_mla.cli.application import say_what_was_meant
     from care_mla.cli.terminal import take_any_character
     from care_mla.errors import ConversionError
+    from care_mla.registration import when_imported
 
     take_any_character()
     try:
-        quiet_libraries()
+        when_imported(quiet_libraries)
         code = _app()(standalone_mode=False)  # typer returns the code of an Exit; 130 is its word for Ctrl-C
         if code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -67,7 +69,7 @@ def _run() -> int:
         if isinstance(error, ConversionError):
             return _complain(error, head="error: ")
         if hasattr(error, "format_message"):  # a usage error of typer's parser
-            return _complain(error.format_message(), head="error: ", code=2)
+            return _complain(say_what_was_meant(error), head="error: ", code=2)
         if os.environ.get(DEBUG):
             raise
         return _complain(_unforeseen(error), head="error: ")

@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from care_mla import pipeline
-from care_mla.checkpoint import at_revision
+import care_mla
 from care_mla.cli import options
+from care_mla.cli.adapter import options_from
 from care_mla.cli.application import app
-from care_mla.cli.terminal import say
-from care_mla.progress import rich_track
-from care_mla.stats import StatisticsStore
+from care_mla.cli.terminal import quoted, say
+from care_mla.config import CalibrationSettings
 
 
-@app.command()
+@app.command(
+    epilog=options.examples(
+        "care calibrate MODEL --out stats --calibration alpaca",
+        "care calibrate MODEL --out stats --calibration notes.txt --samples 256",
+    )
+)
+@options_from(settings=CalibrationSettings)
 def calibrate(
     source: options.Source,
     out: options.Out,
     revision: options.Revision = None,
-    calibration: options.Calibration = None,
-    field: options.Field = None,
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = None,
-    batch_size: options.BatchSize = None,
-    pack: options.Pack = None,
-    inputs: Annotated[
-        bool | None,
-        typer.Option("--inputs", help="Also collect D x D input moments, for method care_c and --q-lora-rank."),
-    ] = None,
-    normalized: Annotated[
-        bool | None,
-        typer.Option("--normalized", help="Also collect normalized queries and keys, for --qk-norm linear."),
-    ] = None,
-    fisher: Annotated[
-        bool | None,
-        typer.Option("--fisher", help="Also run a backward pass and collect Fisher statistics, for method fisher."),
-    ] = None,
     device: options.Device = None,
     dtype: options.DType = "auto",
     overwrite: options.Overwrite = False,
+    *,
+    settings: dict[str, dict[str, Any]],
 ) -> None:
-    """Collect statistics once; they serve every method and rank."""
+    """Collect statistics once; they serve every method, layout and budget."""
+    from care_mla.checkpoint import at_revision
+    from care_mla.progress import rich_track
+    from care_mla.stats import StatisticsStore
+
     source = at_revision(source, revision)
-    settings = options.given(
-        calibration=calibration,
-        field=field,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        batch_size=batch_size,
-        pack=pack,
-        inputs=inputs,
-        normalized=normalized,
-        fisher=fisher,
+    care_mla.calibrate(
+        source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings["settings"]
     )
-    pipeline.calibrate(source, out, overwrite=overwrite, device=device, dtype=dtype, track=rich_track, **settings)
     say(f"statistics are in {out}")
     options.show_notes(StatisticsStore(out).notes)
+    where = f"{quoted(source)} --stats {quoted(out)}"
+    options.show_next(f"care plan {where}", f"care convert {where} --kv-save 0.5 --out OUT")

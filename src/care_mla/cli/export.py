@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from care_mla import pipeline
+import care_mla
 from care_mla.cli import options
+from care_mla.cli.adapter import options_from
 from care_mla.cli.application import app
-from care_mla.cli.terminal import console
-from care_mla.progress import rich_track
+from care_mla.cli.tables import show_export
+from care_mla.cli.terminal import quoted
+from care_mla.config import ExportSettings
 
 
-@app.command()
+@app.command(
+    epilog=options.examples(
+        "care convert MODEL --layout mla --rope stock --no-centre --kv-save 0.5 --out OUT",
+        "care export OUT --out DEEPSEEK",
+    )
+)
+@options_from(settings=ExportSettings)
 def export(
     converted: Annotated[
         Path, typer.Argument(help="What `care convert --layout mla --rope stock` wrote.", metavar="DIR")
     ],
     out: options.Out,
-    target: Annotated[str, typer.Option("--target", help=f"{', '.join(pipeline.EXPORT_TARGETS)}.")] = "deepseek-v3",
-    engine: Annotated[
-        str,
-        typer.Option("--engine", help="transformers: any latent width; vllm: latent + rotary key of 320, 512 or 576."),
-    ] = "transformers",
-    kv_lora_rank: Annotated[
-        int | None,
-        typer.Option("--kv-lora-rank", help="Pad all latents to this width.  [default: as little as possible]"),
-    ] = None,
     overwrite: options.Overwrite = False,
+    *,
+    settings: dict[str, dict[str, Any]],
 ) -> None:
     """Write a converted model as a checkpoint of a stock class: loads with no custom code."""
-    record = pipeline.export(
-        converted, out, target=target, engine=engine, kv_lora_rank=kv_lora_rank, overwrite=overwrite, track=rich_track
-    )
-    table = Table(title=f"{converted} -> {out}", show_header=False)
-    table.add_row("class", record["architecture"])
-    table.add_row("cache of a layer", f"latent {record['kv_lora_rank']} + rotary key {record['qk_rope_head_dim']}")
-    table.add_row("cached elements per token", f"{record['cache_elements_per_token']}")
-    table.add_row("KV cache saved", f"{100 * record['kv_save']:.1f}%")
-    console().print(table)
-    options.show_notes(record["notes"])
+    from care_mla.progress import rich_track
+
+    record = care_mla.export(converted, out, overwrite=overwrite, track=rich_track, **settings["settings"])
+    show_export(record, converted, out)
+    engine = record["engine"] if "engine" in record else settings["settings"].get("engine", "transformers")
+    options.show_next(f"vllm serve {quoted(out)}" if engine == "vllm" else f"care evaluate {quoted(out)} --text TEXT")

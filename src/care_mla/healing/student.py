@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from care_mla.checkpoint import CheckpointReader
-from care_mla.config import Trained
 from care_mla.errors import CheckpointError, HealingError
 from care_mla.families import FamilySpec, get_family
 from care_mla.mapping.deepseek import NORM_GAIN, NORM_WEIGHT, SHRUNK
 from care_mla.modeling import LANGUAGE_MODEL, skeleton
+from care_mla.names import Trained
 
 Runs = Literal["student", "teacher"]
 

@@ -13,7 +13,7 @@ from care_mla.mapping.latent import (
 from care_mla.mapping.mla import AttentionWeights, mla_tensors, position_free
 from care_mla.mapping.qk_norm import constant_scale, linearization_error, linearized_attention, linearized_statistics
 from care_mla.mapping.queries import query_factors, query_metric, relative_query_error
-from care_mla.ranks.plan import Layout
+from care_mla.names import Layout
 
 EXPRESSES: dict[Layout, dict[str, str]] = {"split": latent.EXPRESSES, "joint": latent.EXPRESSES, "mla": mla.EXPRESSES}
 """By layout: features of a source (`FamilySpec.features`) that it keeps, and how. One that is not there cannot be converted."""

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.linalg import Factors
-from care_mla.ranks.plan import Layout
+from care_mla.names import Layout
 from care_mla.stats import LayerStatistics
 
 EXPRESSES: dict[str, str] = {

@@ -16,8 +16,8 @@ from care_mla.mapping import (
     EXPRESSES,
     REFUSES,
 )
+from care_mla.names import Layout
 from care_mla.ranks import make_budget
-from care_mla.ranks.plan import Layout
 
 
 @dataclass(frozen=True)

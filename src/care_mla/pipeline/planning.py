@@ -19,13 +19,13 @@ from care_mla.families import get_family
 from care_mla.files import require_own_file, write_bytes
 from care_mla.geometry import Geometry
 from care_mla.methods import get_method
+from care_mla.names import Layout
 from care_mla.pipeline.evidence import SharedEigenpairs
 from care_mla.pipeline.source import Source, open_source, require_expressible
-from care_mla.pipeline.spectra import LayerSpectra, layer_records, predicted_total
+from care_mla.pipeline.spectra import LayerSpectra, layer_records, predicted_total, weighting_of
 from care_mla.pipeline.statistics import open_statistics
 from care_mla.progress import Track, silent
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
-from care_mla.ranks.plan import Layout
 from care_mla.stats import StatisticsStore
 
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
@@ -342,4 +342,4 @@ def _spectra_key(recipe: Recipe) -> tuple[Any, ...]:
     rotary: tuple[Any, ...] = ()
     if recipe.layout == "mla":
         rotary = recipe.rope, recipe.freq_fold, recipe.qk_rope_head_dim, recipe.context, recipe.qk_norm
-    return recipe.method, recipe.layout, recipe.weighting, rotary
+    return recipe.method, recipe.layout, weighting_of(recipe), rotary

@@ -17,7 +17,7 @@ from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
 from care_mla.geometry import Geometry
 from care_mla.mapping import EXPRESSES, REFUSES, AttentionWeights
-from care_mla.ranks.plan import Layout
+from care_mla.names import Layout
 
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 

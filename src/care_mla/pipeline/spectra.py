@@ -21,12 +21,13 @@ from care_mla.mapping import (
     share,
     split_blocks,
 )
-from care_mla.methods import Metric, get_method
+from care_mla.methods import Metric, Weighting, get_method
+from care_mla.names import Layout
 from care_mla.pipeline.evidence import Evidence, SharedEigenpairs
 from care_mla.pipeline.source import Source
 from care_mla.progress import Track, silent
 from care_mla.ranks import RankPlan
-from care_mla.ranks.plan import BLOCKS, Layout
+from care_mla.ranks.plan import BLOCKS
 from care_mla.rope import (
     RotarySelection,
     complex_moment,
@@ -73,13 +74,13 @@ class LayerSpectra:
             if shared is not None and method.needs_fisher:
                 collected = shared.add_to(collected, layer, normalized=self.evidence.at_normalized_keys)
             self._note_evidence(layer, collected, recipe)
-            metric = method.metric(collected, W, recipe.weighting)
+            metric = method.metric(collected, W, weighting_of(recipe))
             self.means.append(metric.mean)
             if recipe.layout == "mla":
                 self.selections.append(self._select(source, metric, recipe))
                 B = position_free(self.selections[layer])
                 W = B @ W
-                metric = method.metric(collected.carrying(B), W, recipe.weighting)
+                metric = method.metric(collected.carrying(B), W, weighting_of(recipe))
             for block, block_rows in enumerate(rows):
                 part = metric.block(block_rows)
                 try:
@@ -189,3 +190,14 @@ def predicted_total(layers: Sequence[dict[str, Any]]) -> float | None:
     """Predicted loss increase of a whole conversion."""
     parts = [layer["predicted_loss_increase"] for layer in layers]
     return None if None in parts else sum(parts)
+
+
+def weighting_of(recipe: Recipe) -> Weighting:
+    """The part of a recipe that the methods take, its exponent decided."""
+    assert recipe.fisher_exponent is not None
+    return Weighting(
+        shrinkage=recipe.shrinkage,
+        fisher_exponent=recipe.fisher_exponent,
+        fisher_shrinkage=recipe.fisher_shrinkage,
+        centre=recipe.centre,
+    )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from care_mla.errors import RankError
 from care_mla.geometry import Geometry
-
-Layout = Literal["split", "joint", "mla"]
-"""split: one latent for keys and one for values (the paper). joint: one latent for both. mla: one latent for position-free keys
-and values, and a rotary key shared by all heads (DeepSeek)."""
+from care_mla.names import Layout
 
 BLOCKS: dict[Layout, tuple[str, ...]] = {"split": ("k", "v"), "joint": ("kv",), "mla": ("kv",)}
 """The latents of a layer, by layout."""

@@ -3,7 +3,6 @@
 from care_mla.rope.complex import complex_moment, half_split_heads, real_map
 from care_mla.rope.selection import (
     Components,
-    RopeMode,
     RotarySelection,
     components,
     dropped_rotation,
@@ -14,7 +13,6 @@ from care_mla.rope.turning import turned_covariance
 
 __all__ = [
     "Components",
-    "RopeMode",
     "RotarySelection",
     "complex_moment",
     "components",

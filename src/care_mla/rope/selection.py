@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from care_mla.errors import RankError
 from care_mla.linalg import symmetric_eigen
+from care_mla.names import RopeMode
 from care_mla.rope.complex import complex_moment, real_map
 from care_mla.rope.turning import distance_weights
-
-RopeMode = Literal["free", "stock", "transmla"]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
 """Where and in which precision models run: what --device and --dtype mean, and what to do when memory is short."""
 
 from care_mla.runtime.devices import (
-    DTYPES,
     dtype_name,
     has_bfloat16,
     has_float64,
     resolve_device,
     resolve_dtype,
-    resolve_precision,
     sums_device,
 )
 from care_mla.runtime.memory import is_out_of_memory, memory_named
 
 __all__ = [
-    "DTYPES",
     "dtype_name",
     "has_bfloat16",
     "has_float64",
@@ -21,6 +18,5 @@ __all__ = [
     "memory_named",
     "resolve_device",
     "resolve_dtype",
-    "resolve_precision",
     "sums_device",
 ]

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from care_mla.config.dtypes import named_dtype
 from care_mla.errors import ConfigError
 
 ACCELERATORS = ("cuda", "xpu", "mps")
 """In the order in which they are looked for where none is named."""
 _ANY = ("auto",)
 _ANY_ACCELERATOR = ("gpu", "accelerator")
-
-DTYPES = ("float32", "bfloat16", "float16")
-_DTYPE_WORDS: dict[str, torch.dtype] = {
-    **dict.fromkeys(("float32", "fp32", "f32", "float", "single"), torch.float32),
-    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), torch.float16),
-}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -131,60 +125,15 @@ def _working(device: torch.device, option: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, *, option: str = "--dtype") -> torch.dtype | Literal["auto"]:
-    """What a dtype of weights is called -> the dtype, or "auto": as they are stored.
-
-    Args:
-        dtype: "float32", "bfloat16", "float16", their short names (fp32, bf16, fp16, half, ...), with or without "torch.", in
-            any case; a torch.dtype; None is "auto".
-        option: how the message calls it.
+    """What a dtype of weights is called (`config.named_dtype`) -> the dtype, or "auto": as they are stored.
 
     Raises:
         ConfigError: another word, or a dtype that models are not run in.
     """
-    word = _word(dtype)
-    if word == "auto":
-        return "auto"
-    if word not in _DTYPE_WORDS:
-        raise ConfigError(
-            f"{option} {_shown(dtype)}: {_why_not(dtype)}; choose {', '.join(DTYPES)}, or auto (as stored)"
-        )
-    return _DTYPE_WORDS[word]
-
-
-def resolve_precision(precision: str | torch.dtype | None) -> str:
-    """What --precision of a training run is called -> "auto", "float32" or "bfloat16".
-
-    Raises:
-        ConfigError: another word; float16 too, whose gradients would need scaling.
-    """
-    word = _word(precision)
-    found = _DTYPE_WORDS.get(word)
-    if word == "auto":
-        return "auto"
-    if found not in (torch.float32, torch.bfloat16):
-        raise ConfigError(
-            f"--precision {_shown(precision)}: training runs in float32 or bfloat16 (auto: bfloat16 where the device has it)"
-        )
-    return dtype_name(found)
+    name = named_dtype(dtype, option=option)
+    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def _word(dtype: Any) -> str:
-    return str("auto" if dtype is None else dtype).strip().lower().removeprefix("torch.")
-
-
-def _shown(dtype: Any) -> str:
-    return dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-
-
-def _why_not(dtype: Any) -> str:
-    word = _word(dtype)
-    if word in ("float64", "double", "fp64", "f64"):
-        return "models run in float32 at most (statistics are summed in float64 anyway)"
-    if re.match(r"u?int|bool|complex|float[48]|fp[48]|nf4|mxfp|nvfp|q\d|bit", word):
-        return "weights are read, run and written unquantized, in floating point"
-    return "unknown"
