@@ -1,10 +1,10 @@
-"""What a budget decides, see `conversion.policy`."""
+"""What a budget decides, see `config.policy`."""
 
 from __future__ import annotations
 
 import pytest
 
-from care_mla.conversion.policy import LOW_BUDGET_FROM, Policy, policy
+from care_mla.config.policy import LOW_BUDGET_FROM, Policy, policy
 
 
 @pytest.mark.parametrize(

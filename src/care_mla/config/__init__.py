@@ -2,7 +2,7 @@
 
 from care_mla.config.base import LARGEST_SEED, Option, Settings, takes
 from care_mla.config.calibrate import CalibrationSettings, TextSettings
-from care_mla.config.convert import LOW_BUDGET_FROM, Recipe
+from care_mla.config.convert import Recipe
 from care_mla.config.dtypes import DTYPES, DType, Precision, named_dtype, named_precision
 from care_mla.config.evaluate import EvaluationSettings
 from care_mla.config.export import ExportSettings
@@ -12,7 +12,6 @@ from care_mla.config.plan import PLANNED, PlanSettings
 __all__ = [
     "DTYPES",
     "LARGEST_SEED",
-    "LOW_BUDGET_FROM",
     "PLANNED",
     "CalibrationSettings",
     "DType",

@@ -8,10 +8,9 @@ from pydantic import Field
 
 from care_mla.config.base import MLA_PANEL, RANK_PANEL, RECIPE_PANEL, Option, Settings
 from care_mla.config.dtypes import DType
+from care_mla.config.policy import EXPONENT, LOW_BUDGET_EXPONENT, LOW_BUDGET_FROM
 from care_mla.names import ALLOCATORS, BASELINES, METHODS, Layout, QkNorm, RopeMode
 
-LOW_BUDGET_FROM = 0.65
-"""KV saving from which the quadratic model of the loss is trusted less and output projections are refitted (docs/fisher.md)."""
 _LOW = f"{100 * LOW_BUDGET_FROM:g}% saving"
 
 
@@ -19,9 +18,9 @@ class Recipe(Settings):
     """How the weights are converted. One of `kv_save`, `rank`, `cache_elements` is the budget.
 
     Attributes:
-        ranks: allocator; None is `fisher` for method fisher, else `uniform`.
-        shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`; the exponent None is 0.8, and 0.5 from
-            `LOW_BUDGET_FROM` saving on.
+        ranks, fisher_exponent, refit: None leaves them to the budget, see `config.policy`.
+        ranks: allocator, a name of `ranks.ALLOCATORS`.
+        shrinkage, fisher_exponent, fisher_shrinkage: see `methods.Weighting`.
         centre: whether method fisher may give means back as biases; a target without biases needs False.
         rope: which pairs stay rotary in layout mla, see `rope.select`.
         freq_fold: adjacent frequencies that rope stock and transmla treat as one (TransMLA's FreqFold); None is 1, for rope
@@ -32,8 +31,7 @@ class Recipe(Settings):
         qk_norm: how layout mla keeps the norms of queries and keys: exact, with a cached scale a kv head, or linear, see
             `mapping.qk_norm`.
         context: positions that attention must span when rotations are dropped, layout mla.
-        refit: whether output projections are refitted layer by layer (`calibration.Propagation`); None: where it was found
-            to help, for method fisher from `LOW_BUDGET_FROM` saving on.
+        refit: whether output projections are refitted layer by layer (`calibration.Propagation`).
         refit_tokens: calibration tokens that the refit reads.
         refit_ridge: see `linalg.ridge_refit`.
         dtype: of the written factors; "auto" is the source's.
@@ -98,7 +96,11 @@ class Recipe(Settings):
     ] = 0.01
     fisher_exponent: Annotated[
         float | None,
-        Option("p of the tempered Fisher metric G^p.", RECIPE_PANEL, default=f"0.8; 0.5 from {_LOW}"),
+        Option(
+            "p of the tempered Fisher metric G^p.",
+            RECIPE_PANEL,
+            default=f"{EXPONENT}; {LOW_BUDGET_EXPONENT} from {_LOW}",
+        ),
         Field(ge=0.0, le=1.0),
     ] = None
     fisher_shrinkage: Annotated[
@@ -167,13 +169,3 @@ class Recipe(Settings):
             MLA_PANEL,
         ),
     ] = "exact"
-
-    def at(self, kv_save: float) -> Recipe:
-        """This recipe with everything that was left open decided for a saving: what docs/fisher.md found best."""
-        fisher, low = self.method == "fisher", kv_save >= LOW_BUDGET_FROM
-        best = {
-            "ranks": "fisher" if fisher else "uniform",
-            "fisher_exponent": 0.5 if low else 0.8,
-            "refit": fisher and low and self.layout != "mla",
-        }
-        return self.model_copy(update={name: value for name, value in best.items() if getattr(self, name) is None})
