@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from care_mla.cli.recipes import RECIPE_HELP, read_recipe
 from care_mla.config import Option, Settings
+from care_mla.config.base import RUN_PANEL
 
 Command = Callable[..., None]
 SCALES = {"k": 1e3, "m": 1e6, "b": 1e9}
@@ -52,12 +53,19 @@ def options_from(
                     {f"--{word}": f"--{name.replace('_', '-')}" for word in option.also}
                 )
         recipe = typer.Option(
-            "--recipe", help=RECIPE_HELP, callback=read_recipe, is_eager=True, expose_value=False, metavar="FILE"
+            "--recipe",
+            help=RECIPE_HELP,
+            callback=read_recipe,
+            is_eager=True,
+            metavar="FILE",
+            show_default="none",
+            rich_help_panel=RUN_PANEL,
         )
         parameters.append(_keyword("recipe", Annotated[Path | None, recipe], None))
 
         @wraps(command)
         def run(invocation: typer.Context, **values: Any) -> None:
+            del values["recipe"]  # its callback has read it
             settings: dict[str, dict[str, Any]] = {group: {} for group in groups}
             for name in list(values):
                 if name in origin:
@@ -65,7 +73,7 @@ def options_from(
                     value = values.pop(name)
                     if _was_given(invocation, name):
                         settings[group][field_name] = value
-            command(settings=settings, **values)
+            command(**values, **({"settings": settings} if groups else {}))
 
         ordered = sorted(parameters, key=lambda p: p.default is not Parameter.empty)
         run.__signature__ = Signature(ordered)  # type: ignore[attr-defined]

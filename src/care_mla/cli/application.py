@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -39,20 +40,42 @@ def care(
         typer.echo(context.get_help())
 
 
+COMMAND_SYNONYMS = {
+    **dict.fromkeys(("compress", "quantize", "mla", "transform"), "convert"),
+    **dict.fromkeys(("finetune", "train", "distill", "fine-tune"), "heal"),
+    **dict.fromkeys(("eval", "ppl", "perplexity", "benchmark", "test"), "evaluate"),
+    **dict.fromkeys(("download", "pull", "get"), "fetch"),
+    **dict.fromkeys(("info", "show", "describe"), "inspect"),
+    **dict.fromkeys(("stats", "collect"), "calibrate"),
+    **dict.fromkeys(("forecast", "predict", "ranks"), "plan"),
+    **dict.fromkeys(("save", "deepseek"), "export"),
+}
+
+
 def say_what_was_meant(error: Any) -> str:
-    """A usage error of the parser as a sentence; a word that is nearly an option, or means one, is answered with it."""
-    text = str(error.format_message())
-    word = getattr(error, "option_name", None)
+    """A usage error of the parser as a sentence; a word that is nearly an option or a command, or means one, is answered with it."""
+    text = str(error.format_message()).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
-    if word is None or context is None or type(error).__name__ != "NoSuchOption":
+    word = getattr(error, "option_name", None)
+    if context is None:
+        return text
+    if text.startswith("No such command"):
+        word = text.split("'")[1]
+        commands = list(context.command.commands)
+        meant = COMMAND_SYNONYMS.get(word) or _nearest(word, commands)
+        return f"no such command: {word}" + (
+            f"; did you mean care {meant}?" if meant else f"; there are {', '.join(sorted(commands))}"
+        )
+    if type(error).__name__ != "NoSuchOption" or word is None:
         return text
     from care_mla.cli.adapter import SYNONYMS
 
     known = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
-    synonyms = SYNONYMS.get(context.command.callback.__name__, {}) if context.command.callback else {}
-    meant = synonyms.get(word) or next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
-    if meant is None:
-        close = difflib.get_close_matches(word, synonyms, n=1, cutoff=0.8)
-        meant = synonyms[close[0]] if close else None
+    synonyms = SYNONYMS.get(context.info_name, {})
+    meant = synonyms.get(word) or _nearest(word, known) or synonyms.get(_nearest(word, synonyms) or "")
     hint = f"; did you mean {meant}?" if meant else f"; care {context.info_name} --help lists the options"
     return f"no such option: {word}{hint}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), None)

@@ -15,6 +15,9 @@ from care_mla.cli.tables import show_equal_ranks, show_forecasts
 from care_mla.cli.terminal import quoted, say
 from care_mla.config import PLANNED, PlanSettings, Recipe
 
+BOUNDS = {"min_rank", "max_rank", "rank_multiple"}
+"""Fields of the recipe with which a comparison stays one."""
+
 
 @app.command(
     epilog=options.examples(
@@ -53,22 +56,23 @@ def plan(
     asked, common = PlanSettings.make(**settings["plan"]), settings["recipe"]
     shares = options.numbers(asked.kv_save, "--kv-save")
     options.require_json(json_out)
+    recipes: list[dict[str, Any]] | None = None
+    if asked.method is not None or asked.layout is not None or not common.keys() <= BOUNDS:
+        methods, layouts = (asked.method or "fisher").split(","), (asked.layout or "joint").split(",")
+        recipes = [{"method": name, "layout": one} for name in methods for one in layouts]
     if stats is None:
-        if asked.method is not None or common:
-            raise typer.BadParameter("--method and ranks other than equal ones need --stats")
-        layouts = asked.layout.split(",") if asked.layout is not None else ["joint", "split"]
-        plans = care_mla.plan_uniform(source, kv_save=shares, layouts=layouts)
+        if recipes is not None or common:
+            raise typer.BadParameter(
+                "a recipe (--layout, --method, --ranks, ...) is predicted from statistics: give --stats"
+            )
+        plans = care_mla.plan_uniform(source, kv_save=shares)
         show_equal_ranks(care_mla.inspect(source, shares), plans)
         if json_out is not None:
             write_json(json_out, {"format": "care-mla plans 1", "plans": [plan.to_dict() for plan in plans]})
         options.show_next(f"care calibrate {quoted(source)} --out STATS, then care plan {quoted(source)} --stats STATS")
         return
-    recipes: list[dict[str, Any]] | None = None
-    if asked.method is not None or asked.layout is not None or common:
-        methods, layouts = (asked.method or "fisher").split(","), (asked.layout or "joint").split(",")
-        recipes = [{"method": name, "layout": one, **common} for name in methods for one in layouts]
     require_plot(plot)
-    forecasts = care_mla.plan_ranks(source, stats, kv_save=shares, recipes=recipes, track=rich_track)
+    forecasts = care_mla.plan_ranks(source, stats, kv_save=shares, recipes=recipes, track=rich_track, **common)
     show_forecasts(forecasts)
     if json_out is not None:
         write_json(json_out, {"format": "care-mla forecasts 1", "forecasts": [one.to_dict() for one in forecasts]})
