@@ -1,6 +1,6 @@
 """The stages, and the only place where they meet. Every stage reads and writes saved artifacts.
 
-A file a stage: what it does is public here, what the stages share is in `source`, `artifacts`, `spectra` and `planning`. Names
+A file a stage: what it does is public here, what the stages share is in `source`, `inputs`, `spectra` and `planning`. Names
 are imported when they are first used.
 """
 
@@ -10,7 +10,6 @@ from care_mla.lazy import on_first_use
 
 if TYPE_CHECKING:
     from care_mla.files import write_json
-    from care_mla.records import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions
     from care_mla.pipeline.conversion import convert
     from care_mla.pipeline.evaluation import evaluate, write_report
     from care_mla.pipeline.exporting import EXPORT_TARGETS, export
@@ -20,12 +19,13 @@ if TYPE_CHECKING:
     from care_mla.pipeline.planning import RankForecast, plan_ranks, plan_uniform, plot_forecasts, require_plot
     from care_mla.pipeline.source import Source, open_source, require_expressible
     from care_mla.pipeline.statistics import calibrate
+    from care_mla.records.artifacts import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions
 
 on_first_use(
     __name__,
     {
         "care_mla.files": ("write_json",),
-        "care_mla.records": ("EVALUATION", "EXPORT", "HEALING", "MANIFEST", "REPORT", "SPECTRA", "versions"),
+        "care_mla.records.artifacts": ("EVALUATION", "EXPORT", "HEALING", "MANIFEST", "REPORT", "SPECTRA", "versions"),
         "care_mla.pipeline.conversion": ("convert",),
         "care_mla.pipeline.evaluation": ("evaluate", "write_report"),
         "care_mla.pipeline.exporting": ("EXPORT_TARGETS", "export"),
