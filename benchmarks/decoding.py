@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "split": {"layout": "split"},
     "mla": {"layout": "mla", "rope": "stock", "qk_rope_head_dim": 64},
 }
-CONTEXTS = (512, 2048, 8192)
+CONTEXTS = (512, 2048)
 
 
 @torch.no_grad()

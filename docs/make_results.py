@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-NUMBER = re.compile(r"(\*\*)?-?[\d.]*%?(\*\*)?( \(.*\))?$")
+NUMBER = re.compile(r"(\*\*)?-?[\d.]*%?(\*\*)?( ms| \(.*\))?$")
 """Cells of a column of numbers; empty ones, too."""
 METHODS = {
     "svd": "plain SVD",
@@ -277,6 +277,84 @@ def _calibration_cost() -> str:
     )
 
 
+# --- beside quantized caches, and speed ---------------------------------------------------------------------------------
+
+QUANTIZED = {
+    "fp8": "fp8",
+    "int8": "int8, groups of 64",
+    "int4": "int4, groups of 64",
+    "int3": "int3, groups of 64",
+    "int2": "int2, groups of 64",
+    "int4, keys by channel": "int4, keys by channel (KIVI)",
+    "int2, keys by channel": "int2, keys by channel (KIVI)",
+}
+LAYOUTS = {"original": "the original", "joint": "`joint`", "split": "`split`", "mla": "`mla`, rotary key of 64"}
+
+
+def _quantized() -> str:
+    lines = [
+        [
+            QUANTIZED[row["cache"]],
+            f"{row['bits']:g}",
+            f"{100 * (1 - row['bits'] / 16):.0f}%",
+            f"{row['perplexity']:.2f}",
+            f"{row['loss_increase']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f}%",
+        ]
+        for row in read("quantized_cache")["rows"]
+    ]
+    return table(["cache", "bits", "saved", "perplexity", "nats lost", "KL", "agreement"], lines)
+
+
+def _limits() -> str:
+    kept = ("fp8", "int4, keys by channel", "int4", "int3")
+    found = [
+        (1 - row["bits"] / 16, QUANTIZED[row["cache"]], row["loss_increase"])
+        for row in read("quantized_cache")["rows"]
+        if row["cache"] in kept
+    ]
+    losses = {row["key"]: row["losses"]["wikitext2 512"] for row in read("fidelity")["rows"]}
+    for budget in (0.5, 0.75, 0.875):
+        lost = losses[f"wikitext2 42 {budget} default"] - losses["original"]
+        found.append((budget, "**care-mla, the default**", lost))
+    healed = {row["key"]: row["after"]["loss_increase"] for row in read("heal")["rows"]}
+    found.append((0.75, "**care-mla, healed with 0.25M tokens**", healed["75%, 0.25M"]))
+    return table(
+        ["cache", "saved", "nats lost"],
+        [[name, f"{100 * share:.3g}%", f"{lost:.3f}"] for share, name, lost in sorted(found)],
+    )
+
+
+def _decoding() -> str:
+    rows = read("decoding")["rows"]
+    contexts = list(rows[0]["milliseconds"])
+    lines = [[LAYOUTS[row["model"]], *(f"{row['milliseconds'][c]:.0f} ms" for c in contexts)] for row in rows]
+    return table(["model", *(f"{context} tokens in the cache" for context in contexts)], lines)
+
+
+def _layouts() -> str:
+    speed = {row["model"]: f"{row['milliseconds']['2048']:.0f} ms" for row in read("decoding")["rows"]}
+    losses = {row["key"]: row["losses"]["wikitext2 512"] for row in read("fidelity")["rows"]}
+    mla = {row["key"]: row["losses"]["512"] for row in read("true_mla")["rows"]}
+    joint = losses["wikitext2 42 0.5 default"] - losses["original"]
+    stock = mla["wikitext2, 50% saved, rotary key of 64, stock"] - mla["original"]
+    return table(
+        ["layout", "nats lost at half the cache", "one decoded token", "loads in"],
+        [
+            ["the original", "0", speed["original"], "every engine"],
+            ["`joint` (the default)", f"{joint:.3f}", speed["joint"], "Python, with care-mla"],
+            ["`split` (as in the CARE paper)", "more than `joint`", speed["split"], "Python, with care-mla"],
+            [
+                "`mla` with `--rope stock`",
+                f"{stock:.3f}",
+                speed["mla"],
+                "Python, with care-mla; exported: transformers and vLLM",
+            ],
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "one-shot-tokens": lambda: _one_shot("tokens"),
     "one-shot-raw": lambda: _one_shot("raw"),
@@ -295,6 +373,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing-more": _healing_more,
     "conversion-cost": _conversion_cost,
     "calibration-cost": _calibration_cost,
+    "quantized-caches": _quantized,
+    "limits": _limits,
+    "decoding": _decoding,
+    "layouts": _layouts,
 }
 
 
