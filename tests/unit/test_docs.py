@@ -12,11 +12,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import typer
+
+from care_mla.cli import _app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
+CARE = re.compile(r"(?:^|`)care ([a-z][^`\n#]*)", re.MULTILINE)
+REPORTS_OF_THE_PAST = ("taken-out.md", "troubleshooting.md")
+"""Pages that name options which are gone, or never were."""
 FUNCTION = re.compile(r"`(src/[\w/]+\.py):([\w.]+)`")
 
 
@@ -79,6 +85,25 @@ def test_every_entry_of_the_method_is_whole() -> None:
     for entry in text.split("\n### ")[1:]:
         fields = re.findall(r"^- (\w[\w ]*): ", entry.split("\n## ")[0], re.MULTILINE)
         assert fields == ["Symbol", "Formula", "Unit", "Made by"], entry
+
+
+@lru_cache
+def _options() -> dict[str, frozenset[str]]:
+    """Command -> its options."""
+    group = typer.main.get_group(_app())
+    return {
+        name: frozenset(word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts))
+        for name, command in group.commands.items()
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in REPORTS_OF_THE_PAST], ids=_named)
+def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
+    for written in CARE.findall(page.read_text(encoding="utf-8")):
+        command, *words = written.split()
+        assert command in _options() or command == "COMMAND", written
+        for word in words:
+            assert not word.startswith("--") or word in _options()[command], written
 
 
 def test_tables_are_what_the_results_say() -> None:
