@@ -115,7 +115,7 @@ class Propagation:
             CalibrationError: non-finite activations, with the layer named.
 
         Source: closed form from cross moments, as in sequential layer-wise calibration (GPTQ and its kin); ours in the
-        choice of target and weights, see docs/fisher.md.
+        choice of target and weights, see docs/decisions/output-refit.md.
         """
         assert layer == self._next, "layers are refitted in order"
         self._next += 1
