@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tiny import TINY, leave_out_figures, write_tiny_model
 
 import care_mla
 from care_mla.cli import main
+from care_mla.interrupts import SIGNALS, STOP
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -67,12 +68,13 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run `care ...` here; returns what it printed, after checking the exit code."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("CARE_DEBUG", "1")  # what nobody foresaw is a failure, not a sentence
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    unraisable = sys.unraisablehook
 
     def run(*arguments: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
@@ -81,13 +83,16 @@ def care(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
             found: object = 0
         except SystemExit as stop:
             found = stop.code or 0
+        finally:  # a command does not listen any more at its end
+            STOP.clear()
+            sys.unraisablehook = unraisable
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         printed = "".join(capsys.readouterr())
         assert found == code, printed
         return printed
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -5,13 +5,14 @@ Directories that appear whole are in `checkpoint.outputs`.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from care_mla.errors import CheckpointError
+from care_mla.interrupts import uninterrupted
 
 PARTIAL = ".partial"
 _NAME_BYTES = 160
 """What of a name goes into those beside it; file systems allow 255 bytes, and a suffix comes after it."""
+_vanishing: dict[Path, bool] = {}
+"""Names of what is temporary now, in the order in which it was made, and whether it goes only if nothing is in it."""
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -32,6 +36,54 @@ def beside(path: Path, suffix: str) -> Path:
     if len(name) > _NAME_BYTES:
         name = name[:_NAME_BYTES] + hashlib.sha256(name).hexdigest()[:8].encode()
     return path.with_name(f".{os.fsdecode(name)}{suffix}")
+
+
+@contextmanager
+def vanishing(path: Path, *, if_empty: bool = False) -> Iterator[Path]:
+    """A name for what need not stay: the file or directory that is made under it vanishes with the context, however that ends.
+
+    The name is known before anything is made, and a signal does not cut the removal short. One between two instructions of
+    these lines can still keep them from running; then it vanishes when the process ends.
+
+    Args:
+        if_empty: a directory that stays if something is in it.
+    """
+    _vanishing[path] = if_empty
+    try:
+        yield path
+    except BaseException:
+        _remove(path)
+        raise
+    with uninterrupted():
+        _remove(path)
+        _vanishing.pop(path, None)
+
+
+def _remove(path: Path) -> None:
+    """Remove what is temporary; what is still there is tried again at the end."""
+    if path not in _vanishing:  # done, or a parent process's
+        return
+    with uninterrupted():
+        with suppress(OSError):
+            if _vanishing[path]:
+                path.rmdir()
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            del _vanishing[path]
+
+
+@atexit.register
+def remove_what_vanishes() -> None:
+    """What is temporary is gone when the process ends."""
+    for path in reversed(list(_vanishing)):
+        _remove(path)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_vanishing.clear)  # they are the parent's
 
 
 @contextmanager
@@ -76,19 +128,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             yield path
         return
-    temporary = beside(path, f".{os.getpid()}{PARTIAL}")
-    try:
-        with writing(path):
-            _sweep(path)
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
-            mode = temporary.stat().st_mode
-            yield temporary
-            temporary.chmod(mode)  # safetensors makes its files private
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with vanishing(beside(path, f".{os.getpid()}{PARTIAL}")) as temporary, writing(path):
+        _sweep(path)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
 
 
 def _is_stream(path: Path) -> bool:
@@ -173,7 +221,7 @@ def append_line(path: Path, line: str) -> None:
         CheckpointError: it cannot be written.
     """
     content = line.encode("utf-8", errors="backslashreplace") + b"\n"
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), uninterrupted(), path.open("ab", buffering=0) as file:
         length = file.tell()
         try:
             if file.write(content) < len(content):

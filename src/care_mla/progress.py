@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Event
 from typing import Protocol, TypeVar
 
+from care_mla.interrupts import heed_stop
+
 T = TypeVar("T")
-
-STOP = Event()
-"""Set when the command was told to stop. What a signal raises can be lost in a library's callback; the bars look here at every item."""
-
-
-def heed_stop() -> None:
-    """
-    Raises:
-        KeyboardInterrupt: `STOP` is set.
-    """
-    if STOP.is_set():
-        raise KeyboardInterrupt
 
 
 class Track(Protocol):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -51,16 +52,45 @@ def test_a_signal_leaves_nothing(how: signal.Signals, words: list[object], tmp_p
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_an_interrupt_that_a_library_swallows_is_heeded_at_the_next_item(
-    care: Care, tiny: Callable[..., Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def swallowed(*_: object) -> None:
-        with suppress(KeyboardInterrupt):
+def _in_a_library() -> None:
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _in_a_finalizer() -> None:
+    class Group:
+        def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("care_mla.calibration.collect._announce", swallowed)
+    Group()
+
+
+def _in_a_callback() -> None:
+    def raising(_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    watched = type("Watched", (), {})()
+    kept = weakref.ref(watched, raising)
+    del watched
+    assert kept() is None
+
+
+@pytest.mark.parametrize("lost", [_in_a_library, _in_a_finalizer, _in_a_callback])
+def test_an_interrupt_that_is_lost_is_heeded_at_the_next_item(
+    lost: Callable[[], None],
+    care: Care,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not show as "Exception ignored in ..." either."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's would keep what is printed
     words = ["calibrate", tiny(), "--calibration", text_file, "--samples", 4, "--seqlen", 32, "--batch-size", 1]
-    assert "interrupted" in care(*words, "--out", tmp_path / "out", code=130) and not (tmp_path / "out").exists()
+    monkeypatch.setattr("transformers.LlamaForCausalLM.eval", lambda model: lost() or model.train(False))
+    printed = care(*words, "--out", tmp_path / "out", code=130)
+    assert "interrupted" in printed and "ignored" not in printed and "Traceback" not in printed, printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_nohup_stays_deaf(words: list[object]) -> None:

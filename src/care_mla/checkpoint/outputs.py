@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,8 @@ from secrets import token_hex
 from filelock import FileLock, Timeout
 
 from care_mla.errors import CheckpointError, ConfigError
-from care_mla.files import beside, sync, write_json, writing
+from care_mla.files import beside, sync, vanishing, write_json, writing
+from care_mla.interrupts import uninterrupted
 
 MARK = "care_files.json"
 FORMAT = "care-mla files 1"
@@ -203,8 +204,9 @@ def locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        with uninterrupted():
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 def _sweep(out: Path) -> None:
@@ -240,14 +242,12 @@ def scratch() -> Iterator[Path]:
         lock.release()
         remove(left)
         _log.warning("removed %s, which a killed run had left", left)
-    with writing(root / "care-mla-"):
-        directory = Path(tempfile.mkdtemp(prefix="care-mla-", dir=root))
-    try:
+    with vanishing(root / f"care-mla-{token_hex(8)}") as directory:
+        with writing(directory):
+            directory.mkdir(mode=0o700)
         with FileLock(directory / ".lock"):
             mark(directory, Kind.SCRATCH)  # only now may another process look whether the lock is free
             yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -275,18 +275,15 @@ class Claim:
             raise CheckpointError(
                 f"{out.parent} has {free / 1e6:,.1f} MB free, {needed_bytes / 1e6:,.1f} MB are needed"
             )
-        staging = beside(out, f".partial-{token_hex(4)}")
-        try:
+        with vanishing(beside(out, f".partial-{token_hex(4)}")) as staging:
             with writing(staging):
                 staging.mkdir()
             mark(staging, self.kind)
             yield staging
             mark(staging, self.kind, [name for name in _files_below(staging) if name != MARK])
-            with writing(out):
+            with writing(out), uninterrupted():
                 self._appear(staging)
                 sync(out.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def _appear(self, staging: Path) -> None:
         """Give the staging directory the output's name; what had it is moved aside and removed after."""
@@ -341,17 +338,14 @@ def claim(
         )
     require_output(out, kind, inputs, overwrite=overwrite)
     whole = _resolved(out)
-    made = [path for path in whole.parents if not path.exists()]
-    with writing(out):
-        whole.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with ExitStack() as made:
+        for path in reversed([path for path in whole.parents if not path.exists()]):
+            made.enter_context(vanishing(path, if_empty=True))
+        with writing(out):
+            whole.parent.mkdir(parents=True, exist_ok=True)
         with locked(whole):
             _sweep(whole)
             require_replaceable(
                 out, kind, overwrite
             )  # another process may have ended between the first look and the lock
             yield Claim(whole, kind, overwrite)
-    finally:
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()

@@ -6,11 +6,10 @@ Nothing but the standard library is imported before `main` listens for Ctrl-C.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from care_mla.progress import STOP
+from care_mla.interrupts import STOP, listen, stop_listening
 
 if TYPE_CHECKING:
     import typer
@@ -28,7 +27,9 @@ def main() -> None:
     """Entry point: a `ConversionError` is one sentence and exit code 1; Ctrl-C, SIGTERM and SIGHUP clean up and exit with 130."""
     try:
         code = _run()
+        stop_listening()
     except (KeyboardInterrupt, Interrupted) as interrupt:
+        stop_listening()
         kept = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was written"
         _complain(f"interrupted; {kept}")
         code = INTERRUPTED
@@ -40,10 +41,7 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command that was typed; its exit code."""
-    STOP.clear()
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays deaf
-            signal.signal(number, _as_interrupt)
+    listen()
     import typer
 
     from care_mla.cli.application import say_what_was_meant
@@ -94,11 +92,6 @@ def _complain(text: object, *, head: str = "", code: int = 1) -> int:
     except OSError:  # a terminal that is gone, or a full disk behind 2>
         code = max(code, 1)
     return code
-
-
-def _as_interrupt(signum: int, frame: Any) -> None:
-    STOP.set()
-    raise KeyboardInterrupt
 
 
 def _app() -> typer.Typer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from care_mla.checkpoint import Kind, ShardedWriter, claim, copy_side_files, req
 from care_mla.config import CalibrationSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families.spec import Projection
-from care_mla.files import write_json, write_tensors, writing
+from care_mla.files import vanishing, write_json, write_tensors, writing
 from care_mla.linalg import Factors
 from care_mla.mapping import dense_projections, latent_tensors, mla_tensors
 from care_mla.methods import get_method
@@ -194,13 +193,10 @@ def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, de
 @contextmanager
 def _workspace(staging: Path) -> Iterator[Path]:
     """A scratch directory on the target's disk, gone before the target is renamed."""
-    work = staging / "work"
-    with writing(work):
-        work.mkdir()
-    try:
+    with vanishing(staging / "work") as work:
+        with writing(work):
+            work.mkdir()
         yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 class _CheckpointBuilder:
