@@ -73,11 +73,16 @@ def test_named_functions_exist() -> None:
     named = {(path, name) for page in PAGES for path, name in FUNCTION.findall(_prose(page))}
     assert len(named) > 30
     missing = [
-        f"{path}:{name}"
+        f"{path}:{name} is now in {_files_with(name) or 'no file'}"
         for path, name in sorted(named)
         if not (ROOT / path).is_file() or name not in _definitions(ROOT / path)
     ]
     assert missing == []
+
+
+def _files_with(name: str) -> str:
+    files = sorted((ROOT / "src").rglob("*.py"))
+    return " or ".join(_named(path) for path in files if name in _definitions(path))
 
 
 def test_every_entry_of_the_method_is_whole() -> None:
