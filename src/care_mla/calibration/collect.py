@@ -171,7 +171,13 @@ def collect_moments(
     fed = [*taps, *alongside]
     decoder = model.get_decoder()  # without the language-model head: its logits are not needed
     with _tapped(model, family, fed):
-        for batch in track(windows.batches(batch_size), "Collecting moments", -(-len(windows) // batch_size)):
+        for batch in track(
+            windows.batches(batch_size),
+            "Collecting moments",
+            len(windows),
+            unit="windows",
+            size=lambda b: len(b.input_ids),
+        ):
             _announce(fed, batch, model.device)
             decoder(
                 input_ids=batch.input_ids.to(model.device),
@@ -423,7 +429,13 @@ def _forward_and_backward(
     """Run the windows through the model and the gradient of a sampled loss back, for its taps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _tapped(model, family, taps), _differentiable(model, family):
-        for batch in track(windows.batches(batch_size), "Collecting Fisher statistics", -(-len(windows) // batch_size)):
+        for batch in track(
+            windows.batches(batch_size),
+            "Collecting Fisher statistics",
+            len(windows),
+            unit="windows",
+            size=lambda b: len(b.input_ids),
+        ):
             _announce(taps, batch, model.device)
             logits = model(
                 input_ids=batch.input_ids.to(model.device),

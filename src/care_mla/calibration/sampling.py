@@ -61,12 +61,17 @@ def sample_from_model(
     if bos is not None:
         require_embedded(torch.tensor([bos]), tokenizer, vocabulary, "text sampled from the model")
     samples = []
-    for start in track(range(0, count, batch_size), "Sampling text from the model", -(-count // batch_size)):
-        rows = min(batch_size, count - start)
-        first = choices[torch.randint(0, len(choices), (rows, 1), generator=generator)]
-        ids = first if bos is None else torch.full((rows, 1), bos)
-        past, step = None, ids.to(model.device)
-        while ids.shape[1] < seqlen:
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    steps = ((rows, position) for rows in sizes for position in range(seqlen))
+    ids, past, step = torch.empty(0, 0, dtype=torch.long), None, torch.empty(0)
+    for rows, position in track(
+        steps, "Sampling from the model", count * seqlen, unit="tokens", size=lambda step: step[0]
+    ):
+        if position == 0:
+            first = choices[torch.randint(0, len(choices), (rows, 1), generator=generator)]
+            ids = first if bos is None else torch.full((rows, 1), bos)
+            past, step = None, ids.to(model.device)
+        else:
             output = model(step, **{CACHE_NAME: past}, use_cache=True, logits_to_keep=1)
             past = cache_of(output)
             logits = output.logits[:, -1].float().cpu()
@@ -77,7 +82,8 @@ def sample_from_model(
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             ids = torch.cat([ids, drawn], dim=1)
             step = drawn.to(model.device)
-        samples.append(ids)
+        if position == seqlen - 1:
+            samples.append(ids)
     return torch.cat(samples)
 
 

@@ -104,7 +104,7 @@ def evaluate_model(
         CalibrationError: a loss that is not finite.
     """
     loss = reference_loss = kl = agreement = 0.0
-    for row in track(windows, "Evaluating", len(windows)):
+    for row in track(windows, "Evaluating", len(windows), unit="windows"):
         ids = row[None]
         targets = row[1:].to(model.device)
         logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()

@@ -76,7 +76,7 @@ def store(blocks: Blocks, path: Path, batch_size: int, top_of: TopOf, track: Tra
     own = torch.arange(rank, rank + len(blocks), processes).clamp_max(len(blocks) - 1)[: -(-len(blocks) // processes)]
     tops, ids = [], []
     batches = own.split(batch_size)
-    for rows in track(batches, "Running the teacher", len(batches)):
+    for rows in track(batches, "Running the teacher", len(own), unit="blocks", size=len):
         top, id_ = top_of(blocks[rows])
         tops.append(top.float().cpu())
         ids.append(id_.to(torch.int32).cpu())

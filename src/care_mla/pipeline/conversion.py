@@ -27,7 +27,7 @@ from care_mla.pipeline.source import Source, open_source
 from care_mla.pipeline.spectra import LayerSpectra, layer_record, predicted_total
 from care_mla.pipeline.statistics import open_statistics, write_statistics
 from care_mla.pipeline.verification import require_same_weights, require_true_spec
-from care_mla.progress import Track, silent
+from care_mla.progress import Track, shown
 from care_mla.ranks import RankPlan
 from care_mla.records.artifacts import MANIFEST, SPECTRA, versions
 from care_mla.runtime import memory_named, resolve_device
@@ -48,7 +48,7 @@ def convert(
     calibration: dict[str, Any] | None = None,
     overwrite: bool = False,
     device: str | int | torch.device | None = None,
-    track: Track = silent,
+    track: Track = shown,
     **recipe: Any,
 ) -> dict[str, Any]:
     """Convert a checkpoint to the latent layout.
@@ -107,7 +107,7 @@ def convert(
         writer = _CheckpointBuilder(opened, chosen, plan, staging)
         layers = []
         title = "Refitting and writing layers" if chosen.refit else "Writing layers"
-        for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers):
+        for layer in track(range(opened.geometry.num_layers), title, opened.geometry.num_layers, unit="layers"):
             factors = spectra.factors(layer, plan.ranks[layer])
             record = layer_record(spectra, plan, layer)
             if plan.layout == "mla":

@@ -16,7 +16,7 @@ from care_mla.checkpoint import locked, resolve_source
 from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError
 from care_mla.files import write_json, write_text
-from care_mla.progress import Track, silent
+from care_mla.progress import Track, shown
 from care_mla.records.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 
@@ -34,7 +34,7 @@ def evaluate(
     field: str | None = None,
     device: str | int | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
-    track: Track = silent,
+    track: Track = shown,
 ) -> dict[str, Any]:
     """Evaluate a converted (or any) model on the first windows of a text.
 

@@ -29,7 +29,7 @@ from care_mla.mapping.deepseek import (
     residual_scale,
 )
 from care_mla.pipeline.inputs import inputs_of
-from care_mla.progress import Track, silent
+from care_mla.progress import Track, shown
 from care_mla.records.artifacts import EXPORT, versions
 
 EXPORT_TARGETS = ("deepseek-v3",)
@@ -44,7 +44,7 @@ def export(
     engine: str = "transformers",
     kv_lora_rank: int | None = None,
     overwrite: bool = False,
-    track: Track = silent,
+    track: Track = shown,
 ) -> dict[str, Any]:
     """Write a model of layout mla as a checkpoint of a stock class, which loads with no custom code.
 
@@ -156,7 +156,7 @@ def _write_export(plan: _ExportPlan, reader: CheckpointReader, directory: Path, 
     expected = stock_shapes(plan.config)
     writer = ShardedWriter(directory)
     layers = [f"{plan.family.attention_name(layer)}." for layer in range(plan.geometry.num_layers)]
-    for attention in track(layers, "Writing layers", len(layers)):
+    for attention in track(layers, "Writing layers", len(layers), unit="layers"):
         names = {name for name in reader.names if name.startswith(prefix + attention)}
         names |= {f"{prefix}{attention}{required}" for required in plan.required}
         tensors = plan.attention({name.removeprefix(prefix + attention): reader[name] for name in sorted(names)})

@@ -24,7 +24,7 @@ from care_mla.pipeline.evidence import SharedEigenpairs
 from care_mla.pipeline.source import Source, open_source, require_expressible
 from care_mla.pipeline.spectra import LayerSpectra, layer_records, predicted_total, weighting_of
 from care_mla.pipeline.statistics import open_statistics
-from care_mla.progress import Track, silent
+from care_mla.progress import Track, shown
 from care_mla.ranks import Budget, RankPlan, allocate, check_allocation, make_budget
 from care_mla.stats import StatisticsStore
 
@@ -262,7 +262,7 @@ def plan_ranks(
     *,
     kv_save: Sequence[float] = (0.5, 0.75, 0.875),
     recipes: Sequence[dict[str, Any]] | None = None,
-    track: Track = silent,
+    track: Track = shown,
     **common: Any,
 ) -> list[RankForecast]:
     """Ranks and predicted loss increase of every recipe at every budget, without writing a model.

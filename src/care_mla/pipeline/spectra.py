@@ -69,7 +69,7 @@ class LayerSpectra:
         self.evidence = Evidence(source, statistics, recipe)
         method = get_method(recipe.method)
         rows = split_blocks(recipe.layout, source.geometry.kv_width)
-        for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers):
+        for layer in track(range(source.geometry.num_layers), "Decomposing", source.geometry.num_layers, unit="layers"):
             collected, W = self.evidence.carried(layer, with_fisher=method.needs_fisher)
             if shared is not None and method.needs_fisher:
                 collected = shared.add_to(collected, layer, normalized=self.evidence.at_normalized_keys)

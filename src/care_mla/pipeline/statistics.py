@@ -13,7 +13,7 @@ from care_mla.errors import ConfigError
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.source import Source, lost_features, open_source
 from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
-from care_mla.progress import Track, silent
+from care_mla.progress import Track, shown
 from care_mla.records.artifacts import versions
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 from care_mla.stats import StatisticsStore, StatisticsWriter
@@ -26,7 +26,7 @@ def calibrate(
     overwrite: bool = False,
     device: str | int | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
-    track: Track = silent,
+    track: Track = shown,
     **settings: Any,
 ) -> Path:
     """Collect the statistics that every method and rank can use, once.
