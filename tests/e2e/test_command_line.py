@@ -106,3 +106,12 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=120, check=True
     ).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts CPU seconds as POSIX does")
+def test_help_takes_less_than_two_cpu_seconds() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, "-m", "care_mla.cli", "--help"], capture_output=True, timeout=120, check=True)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
