@@ -18,9 +18,10 @@ import torch
 from rich import print as show
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments, load_tokenizer, make_windows
+from care_mla.calibration import collect_fisher, collect_moments
 from care_mla.cli import quiet_libraries
 from care_mla.pipeline import open_source, versions, write_json
+from care_mla.text import load_tokenizer, make_windows
 
 
 def _peak_gigabytes() -> float:

@@ -19,11 +19,11 @@ from rich import print as show
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows, measure_cache
 from care_mla.modeling import cache_of
 from care_mla.pipeline import versions, write_json
+from care_mla.text import load_text, load_tokenizer
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "joint": {"layout": "joint"},

@@ -26,12 +26,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
-from care_mla.calibration.corpus import tokenize
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.pipeline import versions, write_json
+from care_mla.text import load_text, load_tokenizer
+from care_mla.text.tokens import tokenize
 
 BUDGETS = (0.5, 0.75, 0.875)
 WINDOWS = {512: 8, 2048: 2}

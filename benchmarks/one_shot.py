@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluate_model, evaluation_windows
 from care_mla.pipeline import versions, write_json
+from care_mla.text import load_text, load_tokenizer
 
 RECIPES = [
     ("svd", "split", "uniform"),

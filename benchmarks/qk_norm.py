@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
-from care_mla.calibration.corpus import tokenize
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
+from care_mla.text import load_text, load_tokenizer
+from care_mla.text.tokens import tokenize
 
 SOFTNESS = 1.0
 """t: eps of the grafted norms as a share of the mean square that they see."""

@@ -22,10 +22,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluate_model, evaluation_windows
 from care_mla.pipeline import versions, write_json
+from care_mla.text import load_text, load_tokenizer
 
 Rounding = Callable[[Tensor], Tensor]
 SCALE_BITS = 32

@@ -13,9 +13,9 @@ from pathlib import Path
 from fidelity import Rows, mean_loss, parser_of, split_texts
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
+from care_mla.text import load_text, load_tokenizer
 
 RECIPE = {"layout": "mla", "kv_save": 0.5, "qk_rope_head_dim": 64}
 RANKS = (None, 576, 384, 288, 192)

@@ -22,10 +22,10 @@ from typing import Any
 from fidelity import Rows, mean_loss, split_texts
 
 import care_mla
-from care_mla.calibration import load_text, load_tokenizer
 from care_mla.cli import quiet_libraries
 from care_mla.evaluation import evaluation_windows
 from care_mla.pipeline import versions, write_json
+from care_mla.text import load_text, load_tokenizer
 
 WINDOWS = {512: 8, 2048: 4, 8192: 2}
 BASELINE = {"method": "balanced_pca", "rope": "transmla", "ranks": "uniform"}

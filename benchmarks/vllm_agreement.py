@@ -128,7 +128,7 @@ def main() -> None:
     agree = True
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        from care_mla.calibration import load_tokenizer
+        from care_mla.text import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.model)
         generator = torch.Generator().manual_seed(1)

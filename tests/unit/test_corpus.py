@@ -10,10 +10,13 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 
-from care_mla.calibration import load_text, make_windows
-from care_mla.calibration.corpus import leading_bos, load_documents, parse_spec, random_windows, share
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.healing import collect_blocks
+from care_mla.text import load_text, make_windows
+from care_mla.text.documents import load_documents
+from care_mla.text.packing import random_windows
+from care_mla.text.specs import parse_spec, share
+from care_mla.text.tokens import leading_bos
 
 TOKENIZER = byte_tokenizer()
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from tiny import byte_tokenizer
 
-from care_mla.calibration import documents, make_windows
-from care_mla.calibration.documents import corpus_reader, load_documents, load_text, record_text, stream_documents
 from care_mla.errors import CalibrationError
+from care_mla.text import documents, files, hub, load_text, make_windows, stream_documents
+from care_mla.text.documents import corpus_reader, load_documents
+from care_mla.text.fields import record_text
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CHATTY = byte_tokenizer()
@@ -114,7 +115,7 @@ def test_a_byte_order_mark_is_no_text_and_suffixes_have_any_case(tmp_path: Path,
 
 
 def test_line_ends_of_text_are_newlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE", 3)  # between \r and \n, and within characters
+    monkeypatch.setattr(files, "PIECE", 3)  # between \r and \n, and within characters
     (tmp_path / "t.txt").write_bytes("ab\r\ncdé\r\nf€\rg\U0001f600h".encode())
     assert load_text(str(tmp_path / "t.txt")) == "ab\ncdé\nf€\ng\U0001f600h"
 
@@ -132,7 +133,7 @@ def test_line_ends_of_text_are_newlines(tmp_path: Path, monkeypatch: pytest.Monk
 def test_json_is_read_value_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, content: str, texts: list[str]
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE", piece)
+    monkeypatch.setattr(files, "PIECE", piece)
     (tmp_path / "r.json").write_text(content)
     assert load_documents(str(tmp_path / "r.json")) == texts
 
@@ -154,7 +155,7 @@ def test_json_is_read_value_by_value(
 def test_damaged_json_is_refused_where_it_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, content: str, message: str
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE", piece if len(content) < 100 else 1 << 18)
+    monkeypatch.setattr(files, "PIECE", piece if len(content) < 100 else 1 << 18)
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(CalibrationError, match=message):
         load_documents(str(tmp_path / "r.json"))
@@ -167,7 +168,7 @@ def test_bytes_that_are_not_utf8_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, position: int
 ) -> None:
     for piece in (1, 4, 1 << 18):
-        monkeypatch.setattr(documents, "PIECE", piece)
+        monkeypatch.setattr(files, "PIECE", piece)
         (tmp_path / "t.txt").write_bytes(data)
         with pytest.raises(CalibrationError, match=f"byte 0x{data[position]:02x} at position {position};"):
             load_text(str(tmp_path / "t.txt"))
@@ -192,7 +193,7 @@ def test_a_name_that_is_a_file_and_a_corpus(tmp_path: Path, monkeypatch: pytest.
 def test_a_directory_does_not_hide_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ptb").mkdir()
-    monkeypatch.setattr(documents, "_hub_dataset", lambda *words, **options: iter([("here", {"sentence": "read"})]))
+    monkeypatch.setattr(hub, "hub_dataset", lambda *words, **options: iter([("here", {"sentence": "read"})]))
     assert load_text("ptb") == "read"
 
 
@@ -203,7 +204,7 @@ def test_streamed_corpora_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None
         reads.append(options["split"])
         return iter([(f"record {i}", {"text": f"text {i}"}) for i in range(9)])
 
-    monkeypatch.setattr(documents, "_hub_dataset", records)
+    monkeypatch.setattr(hub, "hub_dataset", records)
     monkeypatch.setattr(documents, "MAX_DOCUMENTS", 4)
     read = corpus_reader("c4")
     assert [["".join(document) for document in read()] for _ in range(2)] == [[f"text {i}" for i in range(4)]] * 2

@@ -11,7 +11,7 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments, make_windows
+from care_mla.calibration import collect_fisher, collect_moments
 from care_mla.calibration.collect import _draw, _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError, NumericalError
 from care_mla.families import get_family
@@ -22,6 +22,7 @@ from care_mla.mapping.latent import reconstruction_error
 from care_mla.methods import METHODS, Weighting
 from care_mla.ranks import allocate, make_budget
 from care_mla.stats import FisherMoments, LayerStatistics, Moments
+from care_mla.text import make_windows
 
 X = torch.randn(60, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 W = torch.randn(8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

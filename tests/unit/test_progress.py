@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tiny import byte_tokenizer, tiny_model
 
-from care_mla.calibration.sampling import sample_from_model
 from care_mla.interrupts import STOP
 from care_mla.progress import is_watched, rate, rich_meter, rich_track, shown
+from care_mla.text.sampling import sample_from_model
 
 
 class Terminal(io.StringIO):

@@ -14,12 +14,13 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import Propagation, TokenWindows, make_windows
+from care_mla.calibration import Propagation
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
 from care_mla.linalg import ridge_refit
 from care_mla.mapping import DenseProjections
 from care_mla.stats import CrossMoments
+from care_mla.text import TokenWindows, make_windows
 
 GENERATOR = torch.Generator().manual_seed(0)
 A = torch.randn(50, 6, generator=GENERATOR, dtype=torch.float64)

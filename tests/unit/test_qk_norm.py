@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments, make_windows, normalized_keys_taps, normalized_taps
+from care_mla.calibration import collect_fisher, collect_moments, normalized_keys_taps, normalized_taps
 from care_mla.calibration.collect import _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import get_family
@@ -20,6 +20,7 @@ from care_mla.mapping import AttentionWeights, linearization_error, linearized_a
 from care_mla.mapping.qk_norm import affine_fit, constant_norm
 from care_mla.stats import CrossMoments, FisherMoments, LayerStatistics, Moments, NormalizedStatistics
 from care_mla.stats.normalized import with_constant
+from care_mla.text import make_windows
 
 X = 0.3 + torch.randn(200, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

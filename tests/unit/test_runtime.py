@@ -17,13 +17,14 @@ from tiny import tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import Propagation, TokenWindows, collect, collect_fisher, collect_moments, normalized_taps
+from care_mla.calibration import Propagation, collect, collect_fisher, collect_moments, normalized_taps
 from care_mla.config import HealSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families import get_family
 from care_mla.mapping import DenseProjections
 from care_mla.pipeline import healing
 from care_mla.runtime import devices, has_float64, memory_named, resolve_device, resolve_dtype, sums_device
+from care_mla.text import TokenWindows
 
 TEXT = {"samples": 4, "seqlen": 32}
 

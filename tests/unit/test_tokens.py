@@ -14,12 +14,12 @@ from tiny import byte_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from care_mla.calibration import corpus, load_tokenizer, make_windows, tokens
-from care_mla.calibration.corpus import stretches, tokenize
-from care_mla.calibration.tokens import all_tokens, embedding_rows, first_tokens, require_embedded
 from care_mla.errors import CalibrationError, CheckpointError
 from care_mla.evaluation import evaluation_windows
 from care_mla.healing import collect_blocks
+from care_mla.text import embedding_rows, load_tokenizer, make_windows, packing, tokens
+from care_mla.text.packing import stretches
+from care_mla.text.tokens import all_tokens, first_tokens, require_embedded, tokenize
 
 ODD = ["\U0001f600", "é", "₂₂", "\u2028", " ", "  ", "\n\n\n", "aaaa", "日本語", "12345", "don't", "word", "x" * 50]
 
@@ -106,7 +106,7 @@ def test_a_tokenizer_without_offsets_is_cut_at_white_space(monkeypatch: pytest.M
 
 def test_a_long_text_is_sampled_by_its_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a length, windows begin at any character: pieces of the text, spread over it, the same for a seed."""
-    monkeypatch.setattr(corpus, "EXACT_CHARACTERS", 1000)
+    monkeypatch.setattr(packing, "EXACT_CHARACTERS", 1000)
     text = "".join(f"<{i:05}>" for i in range(9000))
     (tmp_path / "t.txt").write_text(text)
     first, again, other = (
@@ -122,7 +122,7 @@ def test_a_long_text_is_sampled_by_its_characters(tmp_path: Path, monkeypatch: p
 
 
 def test_long_tokens_make_the_stretches_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "EXACT_CHARACTERS", 1000)
+    monkeypatch.setattr(packing, "EXACT_CHARACTERS", 1000)
     line = "word " + "y" * 150 + " line "
     (tmp_path / "t.txt").write_text(line * 200)
     windows = make_windows(str(tmp_path / "t.txt"), _words(), samples=20, seqlen=32, seed=0).input_ids
@@ -144,7 +144,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_tokens import _words
-from care_mla.calibration import joined, make_windows, stream_documents
+from care_mla.text import joined, make_windows, stream_documents
 from care_mla.evaluation import evaluation_windows
 from care_mla.healing import collect_blocks
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from care_mla.calibration.corpus import Batch, TokenWindows
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import FamilySpec
 from care_mla.families.spec import Projection
@@ -20,6 +19,7 @@ from care_mla.progress import Track, silent
 from care_mla.runtime import is_out_of_memory, sums_device
 from care_mla.stats import CrossMoments, FisherMoments, Moments, NormalizedStatistics
 from care_mla.stats.normalized import with_constant
+from care_mla.text import Batch, TokenWindows
 
 Hook = Callable[..., None]
 

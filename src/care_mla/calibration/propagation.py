@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from care_mla.calibration.corpus import Batch, TokenWindows
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import FamilySpec
 from care_mla.families.spec import Projection
@@ -25,6 +24,7 @@ from care_mla.linalg import ridge_refit
 from care_mla.mapping import DenseProjections
 from care_mla.runtime import sums_device
 from care_mla.stats import CrossMoments
+from care_mla.text import Batch, TokenWindows
 
 
 @dataclass(frozen=True)

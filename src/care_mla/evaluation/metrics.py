@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from care_mla.calibration.tokens import first_tokens, leading_bos, require_embedded
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.evaluation.cache import CacheUsage, measure_cache
 from care_mla.progress import Track, silent
 from care_mla.runtime import dtype_name
+from care_mla.text.tokens import first_tokens, leading_bos, require_embedded
 
 
 @dataclass(frozen=True)

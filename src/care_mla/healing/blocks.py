@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 
-from care_mla.calibration.documents import Document, stream_documents
-from care_mla.calibration.sampling import copying_windows, sample_from_model
-from care_mla.calibration.specs import COPY, SELF, parse_spec, require_distinct, share
-from care_mla.calibration.tokens import first_tokens, leading_bos, require_embedded
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import FamilySpec
 from care_mla.progress import Track, silent
+from care_mla.text import stream_documents
+from care_mla.text.documents import Document
+from care_mla.text.sampling import copying_windows, sample_from_model
+from care_mla.text.specs import COPY, SELF, parse_spec, require_distinct, share
+from care_mla.text.tokens import first_tokens, leading_bos, require_embedded
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,9 @@ def converted_tensors(
 
 
 def _propagation(source: Source, statistics: StatisticsStore, recipe: Recipe, device: torch.device) -> Propagation:
-    from care_mla.calibration import Propagation, TokenWindows
+    from care_mla.calibration import Propagation
     from care_mla.modeling import load
+    from care_mla.text import TokenWindows
 
     windows = TokenWindows.from_tensors(statistics.windows()).thinned(recipe.refit_tokens)
     model = load(source.directory, device=device)

@@ -51,9 +51,9 @@ def evaluate(
     Raises:
         ConversionError
     """
-    from care_mla.calibration import embedding_rows, joined, load_tokenizer, stream_documents
     from care_mla.evaluation import evaluate_model, evaluation_windows, require_windows
     from care_mla.modeling import load, require_loadable
+    from care_mla.text import embedding_rows, joined, load_tokenizer, stream_documents
 
     where, precision = resolve_device(device), resolve_dtype(dtype)
     require_windows(seqlen, windows)
@@ -116,7 +116,7 @@ def _require_same_vocabulary(directory: Path, other: Path, model: str | Path, re
     Raises:
         ConfigError
     """
-    from care_mla.calibration import load_tokenizer
+    from care_mla.text import load_tokenizer
 
     mine, theirs = (_vocabulary(read_json(path / "config.json")) for path in (directory, other))
     must = "it must be the model that was converted, or one with its tokenizer"

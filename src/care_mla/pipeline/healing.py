@@ -397,9 +397,9 @@ def _require_text(data: str, source: str | Path) -> None:
     Raises:
         ConfigError, CalibrationError, CheckpointError
     """
-    from care_mla.calibration import load_tokenizer
-    from care_mla.calibration.corpus import COPY, HUB_CORPORA, SELF, parse_spec, stream_documents
-    from care_mla.calibration.specs import require_distinct
+    from care_mla.text import load_tokenizer, stream_documents
+    from care_mla.text.hub import HUB_CORPORA
+    from care_mla.text.specs import COPY, SELF, parse_spec, require_distinct
 
     parts = parse_spec(data)
     require_distinct(parts, data)
@@ -469,9 +469,9 @@ def _open(model: str | Path, teacher: str | Path | None, name: str | None) -> _O
     Raises:
         ConversionError
     """
-    from care_mla.calibration import load_tokenizer
     from care_mla.healing import family_of
     from care_mla.modeling import require_loadable
+    from care_mla.text import load_tokenizer
 
     directory = resolve_source(model)
     reader = CheckpointReader(directory)
@@ -566,10 +566,10 @@ def _prepare_work(
 
 def _text(opened: _Opened, settings: HealSettings, work: Path, device: torch.device, track: Track) -> Blocks:
     """All blocks of the run, held-out ones included; made once, by the main process."""
-    from care_mla.calibration import embedding_rows, load_tokenizer
-    from care_mla.calibration.corpus import SELF, parse_spec
     from care_mla.healing import Blocks, collect_blocks, on_main
     from care_mla.modeling import load
+    from care_mla.text import embedding_rows, load_tokenizer
+    from care_mla.text.specs import SELF, parse_spec
 
     path = work / BLOCKS_FILE
 

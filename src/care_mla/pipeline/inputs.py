@@ -18,7 +18,7 @@ def inputs_of(
     Args:
         text: SPEC of a calibration or training text.
     """
-    from care_mla.calibration.specs import parse_spec
+    from care_mla.text.specs import parse_spec
 
     named = [("the source", source), ("the statistics", stats), ("the teacher", teacher)]
     named += [("the text", part.name) for part in parse_spec(text)] if text is not None else []

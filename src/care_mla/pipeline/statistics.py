@@ -70,14 +70,12 @@ def write_statistics(
         NormalizedTap,
         collect_fisher,
         collect_moments,
-        embedding_rows,
-        load_tokenizer,
-        make_windows,
         normalized_keys_taps,
         normalized_taps,
-    )  # fmt: skip
-    from care_mla.calibration.corpus import SELF, parse_spec
+    )
     from care_mla.modeling import load
+    from care_mla.text import embedding_rows, load_tokenizer, make_windows
+    from care_mla.text.specs import SELF, parse_spec
 
     has_norm = "QK-norm" in source.family.features(source.reader.config)
     if settings.normalized and not has_norm:

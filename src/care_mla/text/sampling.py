@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from care_mla.calibration.tokens import leading_bos, ordinary_tokens, require_embedded
 from care_mla.errors import CalibrationError
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.progress import Track, silent
+from care_mla.text.tokens import leading_bos, ordinary_tokens, require_embedded
 
 
 def copying_windows(

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 import care_mla.modeling  # noqa: F401  (registers the converted model's config)
-from care_mla.calibration.chat import first_line
 from care_mla.errors import CalibrationError, CheckpointError
+from care_mla.text.chat import first_line
 
 BLOCK = 1 << 17
 """Characters that a tokenizer gets at once; it needs over a hundred bytes for each."""
