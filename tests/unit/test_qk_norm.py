@@ -164,7 +164,7 @@ def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file:
     stats = care_mla.calibrate(source, tmp_path / "stats", fisher=True, **text)
     with pytest.raises(CalibrationError, match="care calibrate --normalized"):
         care_mla.convert(source, out, stats=stats, **recipe)
-    stats = care_mla.calibrate(source, tmp_path / "forward", normalized=True, **text)
+    stats = care_mla.calibrate(source, tmp_path / "forward", fisher=False, normalized=True, **text)
     with pytest.raises(CalibrationError, match="--fisher"):
         care_mla.convert(source, out, stats=stats, **recipe)
     assert not out.exists()

@@ -1,6 +1,7 @@
 """Calibration: windows of tokens in, moments out."""
 
 from care_mla.calibration.collect import (
+    WITHOUT_FISHER,
     NormalizedKeysTap,
     NormalizedTap,
     checkpoint_layers,
@@ -12,6 +13,7 @@ from care_mla.calibration.collect import (
 from care_mla.calibration.propagation import OutputRefit, Propagation
 
 __all__ = [
+    "WITHOUT_FISHER",
     "NormalizedKeysTap",
     "NormalizedTap",
     "OutputRefit",

@@ -23,6 +23,9 @@ from care_mla.text import Batch, TokenWindows
 
 Hook = Callable[..., None]
 
+WITHOUT_FISHER = "use --no-fisher (care calibrate) or --method care (care convert)"
+"""What to do where Fisher statistics cannot be collected."""
+
 
 class _LayerTap:
     """Feeds one layer's projection inputs and outputs into its `Moments`. Keys are held until the values arrive."""
@@ -106,7 +109,7 @@ ZERO = {
     ),
     "o": (
         "no gradient reaches its keys and values, so gradients are all zero there",
-        "use --method care, or mend the checkpoint",
+        f"{WITHOUT_FISHER}, or mend the checkpoint",
     ),
 }
 """By kind of projection: what follows from its weights being zero, and what to do."""
@@ -211,9 +214,7 @@ class _FisherTap(_LayerTap):
     def _watch(self, name: str, output: Tensor, rows: slice, y: Tensor) -> None:
         """Wait for the gradient at those rows of a projection's output; y is what they are without the bias."""
         if not output.requires_grad:
-            raise CalibrationError(
-                f"layer {self.layer}: this model's forward cuts the gradient; method fisher cannot be used, choose --method care"
-            )
+            raise CalibrationError(f"layer {self.layer}: this model's forward cuts the gradient; {WITHOUT_FISHER}")
         self._outputs.append(y)
         output.register_hook(lambda gradient: self._receive(name, gradient.flatten(2)[..., rows]))
 
@@ -229,7 +230,7 @@ class _FisherTap(_LayerTap):
                 self._add(y, g)
             except (CalibrationError, NumericalError) as error:
                 raise CalibrationError(
-                    f"layer {self.layer}: {error} at the keys and values{self._hint(g)}; use --method care, or --dtype float32"
+                    f"layer {self.layer}: {error} at the keys and values{self._hint(g)}; {WITHOUT_FISHER}, or --dtype float32"
                 ) from error
 
     @staticmethod
@@ -450,7 +451,7 @@ def _forward_and_backward(
                 if is_out_of_memory(error):
                     raise
                 raise CalibrationError(
-                    f"the model's backward pass failed ({str(error).splitlines()[0]}); method fisher cannot be used, choose --method care"
+                    f"the model's backward pass failed ({str(error).splitlines()[0]}); {WITHOUT_FISHER}"
                 ) from error
             for tap in taps:
                 tap.recording = True

@@ -66,6 +66,7 @@ def write_statistics(
     track: Track,
 ) -> None:
     from care_mla.calibration import (
+        WITHOUT_FISHER,
         NormalizedKeysTap,
         NormalizedTap,
         collect_fisher,
@@ -109,7 +110,7 @@ def write_statistics(
     writer = StatisticsWriter(directory)
     if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
         half = max(1, settings.batch_size // 2)
-        with memory_named("Fisher statistics were collected", device, f"{lower}, or use --method care"):
+        with memory_named("Fisher statistics were collected", device, f"{lower}, or {WITHOUT_FISHER}"):
             moments, fisher = collect_fisher(
                 model, source.family, windows, seed=settings.seed, batch_size=half, **options
             )
