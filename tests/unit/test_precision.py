@@ -128,13 +128,16 @@ def test_decoding_in_bfloat16_is_no_noisier_than_the_source(
     whole = {"kv_save": 0.0} if layout != "mla" else {"cache_elements": 3 * (128 + 32), "qk_rope_head_dim": 32}
     text = {"calibration": str(text_file), "samples": 8, "seqlen": 32}
     care_mla.convert(source, out, layout=layout, method="care", centre=False, calibration=text, **whole)
-    ids = torch.randint(3, 250, (24, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 250, (96, 24), generator=torch.Generator().manual_seed(1))
     noise = []
     for directory in (source, out):
         half = care_mla.load(directory, dtype="bfloat16")
-        noise.append(float((_decoded(half, ids) - _decoded(copy.deepcopy(half).float(), ids)).square().mean().sqrt()))
-    # Rounded scores and contexts made joint 1.34 and split 1.27; keys are rounded once more than the source's (as a latent).
-    assert noise[1] <= 1.2 * noise[0]
+        errors = _decoded(half, ids) - _decoded(copy.deepcopy(half).float(), ids)
+        noise.append(
+            float(errors.square().mean(1).log().mean().div(2).exp())
+        )  # geometric: a few rows have most of the mean
+    # Scores and contexts that are rounded on the way make split and mla 1.07; keys are rounded once more than the source's.
+    assert noise[1] <= 1.06 * noise[0]
 
 
 # --- factorizations that fail -----------------------------------------------------------------------------------------
