@@ -32,12 +32,12 @@ if TYPE_CHECKING:
         evaluate,
         export,
         fetch,
-        heal,
         inspect,
         plan_ranks,
         plan_uniform,
         write_report,
     )
+    from care_mla.pipeline.heal import heal
 
 __version__ = "0.1.0"
 on_first_use(

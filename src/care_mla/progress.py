@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from care_mla.interrupts import heed_stop
@@ -87,6 +87,10 @@ class Meter(Protocol):
     """Shows how far a training run is, and some numbers of it."""
 
     def __call__(self, done: int, values: dict[str, float]) -> None: ...
+
+
+MeterFactory = Callable[[int, str], AbstractContextManager[Meter]]
+"""(total, unit) -> a meter for as long as the context lasts."""
 
 
 def silent_meter(done: int, values: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import care_mla
 from care_mla.checkpoint.outputs import Kind, mark
-from care_mla.errors import ConversionError, HealingError
-from care_mla.healing import loop, state
-from care_mla.pipeline import convert_and_heal, healing
+from care_mla.errors import ConfigError, ConversionError, HealingError
+from care_mla.healing import loop, state, training
+from care_mla.pipeline import convert_and_heal
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -35,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 2, "precision": "float32", "device": "cpu",
 }  # fmt: skip
 """Six steps, evaluated after every second."""
+CONVERT_AND_HEAL = import_module("care_mla.pipeline.convert_and_heal")
+"""Its name in `pipeline` is that of the function."""
 TIMEOUT = 300
 """Seconds for processes of their own, which a busy machine may starve."""
 Converted = Callable[[str], Path]
@@ -108,12 +111,12 @@ def test_what_is_written_is_what_was_trained(
     """Identity norms folded in again, pairs taken apart: a fresh load has the trained pupil's logits."""
     trained = {}
 
-    def write(opened: Any, out: Any, work: Any, pupil: Any, *rest: Any, **options: Any) -> None:
-        trained["logits"] = pupil.model(IDS, use_cache=False).logits.detach()
-        _write(opened, out, work, pupil, *rest, **options)
+    def weights(run: training.Training) -> dict[str, Tensor]:
+        trained["logits"] = run.pupil.model(IDS, use_cache=False).logits.detach()
+        return _trained_weights(run)
 
-    _write = healing._write
-    monkeypatch.setattr(healing, "_write", write)
+    _trained_weights = training.Training.weights
+    monkeypatch.setattr(training.Training, "weights", weights)
     heal(kind, train="attention", lr=3e-3, patience=0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(loaded).__name__ == ("DeepseekV3ForCausalLM" if kind == "stock" else "CareMlaForCausalLM")
@@ -202,7 +205,7 @@ def test_stored_probabilities_stand_for_the_teacher(
     assert _kl_left(first) < 1
     (file,) = (tmp_path / "logits").iterdir()
     assert load_file(file)["ids"].shape[-1] == 8
-    monkeypatch.setattr("care_mla.healing.store", None)  # nothing is stored again
+    monkeypatch.setattr(training, "write_top_probabilities", None)  # nothing is stored again
     assert heal(kind, "again", **few)["evaluations"] == first["evaluations"]
     file.write_bytes(b"damaged")
     with pytest.raises(HealingError, match="damaged"):
@@ -242,7 +245,7 @@ def test_conversion_heals_as_its_last_stage(
 def test_what_healing_would_refuse_is_refused_before_the_conversion(
     bad: dict[str, Any], sentence: str, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr(CONVERT_AND_HEAL, "convert", lambda *_, **__: pytest.fail("converted"))
     if not bad:
         work = tmp_path / "out.healing"
         work.mkdir()
@@ -277,14 +280,19 @@ def test_conversion_with_healing_goes_on_by_the_same_call(
         recipe = {"rank": 8, "method": "svd", "ranks": "uniform", "calibration": text}
         return convert_and_heal(converted("source"), tmp_path / "out", heal_tokens=heal_tokens, **recipe, **options)
 
-    monkeypatch.setattr(*((healing, "_make_run") if where == "convert" else (loop.Run, "step")), _interrupt)
+    monkeypatch.setattr(*((training, "prepare") if where == "convert" else (loop.Run, "step")), _interrupt)
     with pytest.raises(KeyboardInterrupt):
         call()
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
     with pytest.raises(HealingError, match="unfinished run"):
         call(heal_tokens=4096)
-    monkeypatch.setattr(healing, "convert", lambda *_, **__: pytest.fail("converted again"))
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for resume in (False, True):
+        with pytest.raises(HealingError, match="unfinished run of another command"):
+            care_mla.heal(converted("joint"), tmp_path / "out", resume=resume, device="cpu")
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(CONVERT_AND_HEAL, "convert", lambda *_, **__: pytest.fail("converted again"))
     (record,) = call()["healing"]
     assert record["tokens"] == 2048 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -675,12 +683,15 @@ def test_a_rate_far_too_high(heal: Heal, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
 
 
-@pytest.mark.parametrize("where", ["care_mla.healing.loop.Run.step", "care_mla.modeling.load"])
+@pytest.mark.parametrize("where", ["care_mla.healing.loop.Run.step", "care_mla.healing.training.load"])
 def test_memory_that_runs_out(where: str, heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(where, full)
-    with pytest.raises(HealingError, match="lower --micro-batch-size .* --seqlen, or give --gradient-checkpointing"):
+    with pytest.raises(
+        ConfigError,
+        match="out of memory on cpu .* lower --micro-batch-size .* --seqlen, or give --gradient-checkpointing",
+    ):
         heal()
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from care_mla.errors import CalibrationError, ConfigError
-from care_mla.healing import collect_blocks
+from care_mla.healing.text import collect_blocks
 from care_mla.text import load_text, make_windows
 from care_mla.text.documents import load_documents
 from care_mla.text.packing import random_windows

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import TINY, byte_tokenizer, tiny_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
@@ -17,22 +18,13 @@ from care_mla.checkpoint import CheckpointReader
 from care_mla.config import HealSettings
 from care_mla.errors import CalibrationError, CheckpointError, ConfigError, HealingError
 from care_mla.families import get_family
-from care_mla.healing import (
-    Blocks,
-    Distillation,
-    Order,
-    collect_blocks,
-    family_of,
-    held_out,
-    make_pupil,
-    pack,
-    packed_inputs,
-    set_trained,
-    share_teacher,
-)
+from care_mla.healing.blocks import Blocks, Order, held_out, pack, packed_inputs
+from care_mla.healing.distillation import Distillation
 from care_mla.healing.losses import CHUNK, IGNORED, TopTarget, losses, next_tokens, top_target
+from care_mla.healing.pair import open_pair
 from care_mla.healing.state import Progress, RunState
-from care_mla.healing.student import STOCK, Pupil
+from care_mla.healing.student import STOCK, Pupil, family_of, make_pupil, set_trained, share_teacher
+from care_mla.healing.text import collect_blocks
 from care_mla.names import Trained
 
 TOKENS, VOCABULARY = 2 * CHUNK + 44, 50
@@ -252,6 +244,18 @@ def test_weights_that_differ_need_a_teacher_of_its_own(
     assert not _share(_pupil(joint), joint, tiny("llama", num_hidden_layers=3, directory=tmp_path / "deeper"))
     assert not _share(_pupil(joint), joint, converted("source"), "all")
     assert not _share(_pupil(stock), stock, converted("source"))
+
+
+def test_a_teacher_stored_without_prefix_is_shared(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As `LlamaModel.save_pretrained` writes it."""
+    source = tiny("llama", num_hidden_layers=2, tie_word_embeddings=True)
+    path = source / "model.safetensors"
+    save_file({name.removeprefix("model."): t for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    text = {"calibration": "copy", "samples": 2, "seqlen": 16}
+    care_mla.convert(source, tmp_path / "out", calibration=text, rank=8, method="svd", ranks="uniform")
+    pair = open_pair(tmp_path / "out", None, None)
+    assert share_teacher(_pupil(pair.directory), pair.reader, pair.teacher, "kv")
+    assert pair.teacher.fingerprint == CheckpointReader(source).fingerprint
 
 
 FACTORS = {

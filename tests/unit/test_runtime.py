@@ -21,8 +21,8 @@ from care_mla.calibration import Propagation, collect, collect_fisher, collect_m
 from care_mla.config import HealSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families import get_family
+from care_mla.healing import processes
 from care_mla.mapping import DenseProjections
-from care_mla.pipeline import healing
 from care_mla.runtime import devices, has_float64, memory_named, resolve_device, resolve_dtype, sums_device
 from care_mla.text import TokenWindows
 
@@ -77,16 +77,16 @@ def test_accelerators_that_are_not_there(word: Any, says: str, two_gpus: None) -
 def test_several_processes_have_a_device_each(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--device cuda:1: each process has a device of its own; name --device cuda"):
-        healing._accelerator("cuda:1", None, tmp_path / "out")
+        processes.make_accelerator("cuda:1", None, tmp_path / "out.logs")
 
 
 def test_accelerate_is_told_the_device_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "ACCELERATE_TORCH_DEVICE"
     for before in (None, "cuda:3"):
         monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
-        with healing._accelerate_on(torch.device("cuda", 1)):
+        with processes._accelerate_on(torch.device("cuda", 1)):
             assert os.environ[name] == "cuda:1"
-        with healing._accelerate_on(None):
+        with processes._accelerate_on(None):
             assert os.environ.get(name) == before
         assert os.environ.get(name) == before
 

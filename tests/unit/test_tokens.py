@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from care_mla.errors import CalibrationError, CheckpointError
 from care_mla.evaluation import evaluation_windows
-from care_mla.healing import collect_blocks
+from care_mla.healing.text import collect_blocks
 from care_mla.text import embedding_rows, load_tokenizer, make_windows, packing, tokens
 from care_mla.text.packing import stretches
 from care_mla.text.tokens import all_tokens, first_tokens, require_embedded, tokenize
@@ -146,7 +146,7 @@ sys.path.insert(0, {tests!r})
 from test_tokens import _words
 from care_mla.text import joined, make_windows, stream_documents
 from care_mla.evaluation import evaluation_windows
-from care_mla.healing import collect_blocks
+from care_mla.healing.text import collect_blocks
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,38 +1,7 @@
-"""Healing: a converted model is trained back toward its teacher on accelerate, FSDP2 and torch's distributed checkpoint."""
+"""Healing: a converted model is trained back toward its teacher on accelerate, FSDP2 and torch's distributed checkpoint.
 
-from care_mla.healing.blocks import Blocks, Order, collect_blocks, held_out, pack, packed_inputs
-from care_mla.healing.distillation import Distillation
-from care_mla.healing.loop import Run, autocast, is_bfloat16, spread
-from care_mla.healing.preconditioning import parameter_groups, plain, precondition
-from care_mla.healing.state import full_trained_state, is_main, on_main
-from care_mla.healing.student import family_of, folded_in, make_pupil, set_trained, share_teacher, shrink_frozen
-from care_mla.healing.teacher import key_of, store, stored
-
-__all__ = [
-    "Blocks",
-    "Distillation",
-    "Order",
-    "Run",
-    "autocast",
-    "collect_blocks",
-    "family_of",
-    "folded_in",
-    "full_trained_state",
-    "held_out",
-    "is_bfloat16",
-    "is_main",
-    "key_of",
-    "make_pupil",
-    "on_main",
-    "pack",
-    "packed_inputs",
-    "parameter_groups",
-    "plain",
-    "precondition",
-    "set_trained",
-    "share_teacher",
-    "shrink_frozen",
-    "spread",
-    "store",
-    "stored",
-]
+pair: model and teacher on disk, and whether they belong together. unfinished: the directory of a run that is not done.
+processes: one or several. text, blocks: what is trained on, packed. student: model and teacher in one. top_probabilities: the
+teacher's, kept on disk. losses, distillation: what is minimized. preconditioning: the coordinates it is minimized in. loop,
+state: steps and evaluations, and what is saved of them. training: all of these together. record, writing: what comes out.
+"""

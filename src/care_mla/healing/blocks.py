@@ -1,4 +1,4 @@
-"""Training text: documents packed into blocks of one length, in an order that a seed decides.
+"""Documents packed into blocks of one length, read in an order that a seed decides.
 
 Attention must not cross documents: positions start again at each, from which transformers makes the mask; see `packed_inputs`.
 """
@@ -11,17 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 
-from care_mla.errors import CalibrationError, ConfigError
+from care_mla.errors import CalibrationError
 from care_mla.families import FamilySpec
-from care_mla.progress import Track, silent
-from care_mla.text import stream_documents
-from care_mla.text.documents import Document
-from care_mla.text.sampling import copying_windows, sample_from_model
-from care_mla.text.specs import COPY, SELF, parse_spec, require_distinct, share
-from care_mla.text.tokens import first_tokens, leading_bos, require_embedded
 
 
 @dataclass(frozen=True)
@@ -85,67 +78,6 @@ def packed_inputs(model: Any, family: FamilySpec, input_ids: Tensor, positions: 
     like = torch.empty(*input_ids.shape, 1, dtype=model.dtype, device=input_ids.device)
     masks = create_masks_for_generate(model.config.get_text_config(), like, None, None, position_ids=positions)
     return {**inputs, "attention_mask": masks}
-
-
-def collect_blocks(
-    spec: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    count: int,
-    seqlen: int,
-    seed: int,
-    field: str | None = None,
-    model: PreTrainedModel | None = None,
-    vocabulary: int | None = None,
-    track: Track = silent,
-) -> Blocks:
-    """At most `count` blocks of a SPEC (as of `care calibrate`), shared out by weight. No more text is read than they need.
-
-    Args:
-        model: needed for `self`.
-        vocabulary: tokens that the model embeds; None: not checked.
-
-    Raises:
-        ConfigError, CalibrationError: bad spec, missing text, less than one block of it, or tokens that the model does not know.
-    """
-    parts = parse_spec(spec)
-    if count < len(parts):
-        raise ConfigError(
-            f"{count} blocks of {seqlen} tokens are less than one for each of the {len(parts)} corpora of {spec!r}; give more --tokens"
-        )
-    require_distinct(parts, spec)
-    bos = leading_bos(tokenizer)
-    collected = []
-    for index, (part, wanted) in enumerate(zip(parts, share(count, [p.weight for p in parts]), strict=True)):
-        if part.name in (SELF, COPY):
-            if part.name == SELF:
-                if model is None:
-                    raise ConfigError("data `self` needs the model itself")
-                rows = sample_from_model(model, tokenizer, wanted, seqlen, seed + index, track=track)
-            else:
-                rows = copying_windows(tokenizer, wanted, seqlen, seed + index, bos, vocabulary)
-            blocks = Blocks(
-                rows.to(torch.int32), torch.arange(seqlen, dtype=torch.int32).expand(wanted, -1).contiguous()
-            )
-        else:
-            documents = stream_documents(part.name, field=field, tokenizer=tokenizer)
-            blocks = pack((_document(tokenizer, d, bos, wanted * seqlen) for d in documents), seqlen, wanted)
-            if not len(blocks):
-                raise CalibrationError(
-                    f"{part.name} holds less than one block of {seqlen} tokens; give more text or a smaller --seqlen"
-                )
-        require_embedded(blocks.input_ids, tokenizer, vocabulary, part.name)
-        collected.append(blocks)
-    return Blocks(torch.cat([b.input_ids for b in collected]), torch.cat([b.positions for b in collected]))
-
-
-def _document(tokenizer: PreTrainedTokenizerBase, document: Document, bos: int | None, most: int) -> Tensor:
-    """[BOS] text [EOS], where the tokenizer writes the first and has the second; the first `most` tokens of a longer one."""
-    ids, whole = first_tokens(tokenizer, document, most)
-    written = bos is None or ids[:1].tolist() == [bos]  # by a chat template
-    first = [] if written else [bos]
-    last = [tokenizer.eos_token_id] if whole and tokenizer.eos_token_id is not None else []
-    return torch.cat([torch.tensor(first, dtype=torch.long), ids, torch.tensor(last, dtype=torch.long)])
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,28 @@ import json
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 
 from care_mla.config import HealSettings
 from care_mla.errors import HealingError
 from care_mla.files import append_line, write_tensors, write_text
 from care_mla.healing.blocks import Blocks, Order
-from care_mla.healing.distillation import LOSSES, Distillation
-from care_mla.healing.state import Progress, RunState, is_main
-from care_mla.healing.teacher import TopProbabilities
+from care_mla.healing.distillation import LOSSES
+from care_mla.healing.processes import autocast, is_main
+from care_mla.healing.state import Progress, RunState
+from care_mla.healing.top_probabilities import TopProbabilities
 from care_mla.progress import Meter
-from care_mla.runtime import has_bfloat16
+from care_mla.records.healing import HeldOutLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SHORTEST_WARMUP = 8
 
@@ -42,42 +45,12 @@ def scheduled(step: int, total: int, settings: HealSettings) -> float:
     return settings.lr_floor + (1.0 - settings.lr_floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
-def spread(distillation: Distillation, accelerator: Accelerator, *, shard: bool) -> nn.Module:
-    """The module for this number of processes: as it is for one, else replicated (DDP) or sharded layer by layer (FSDP2).
-
-    accelerate offers FSDP2 on accelerators only; torch's `fully_shard`, which it calls there, works on CPUs as well.
-    """
-    distillation.to(accelerator.device)
-    if accelerator.num_processes == 1:
-        return distillation
-    if not shard:
-        module: nn.Module = accelerator.prepare_model(distillation)
-        return module
-    for layer in distillation.pupil.decoder_layers():
-        fully_shard(layer)
-    if distillation.teacher is not None:
-        fully_shard(distillation.teacher)
-    fully_shard(distillation)
-    register_fsdp_forward_method(distillation, "teacher_top")
-    return distillation
-
-
-def is_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether products are made in bfloat16: where asked for, or (auto) where the device has them in hardware."""
-    return has_bfloat16(device) if precision == "auto" else precision == "bfloat16"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The precision of products, see `is_bfloat16`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bfloat16(device, precision))
-
-
 @dataclass
 class Run:
     """One healing run on one process.
 
     Attributes:
-        module: from `spread`.
+        module: from `processes.distribute`.
         train, held_out: text.
         top: the teacher's stored probabilities of `train`; None runs the teacher.
         work: directory of the state and of what is left of bad batches.
@@ -176,15 +149,8 @@ class Run:
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """What the held-out blocks lose, nats per token.
-
-        Returns:
-            kl: to the teacher, that is E[log p_t / p_s] over the teacher's own next tokens; gap: the same over the text's
-            next tokens, ce - teacher_ce; lost: their mean (a negative gap, of a student that learnt the text rather than the
-            teacher, counts as none), by which the best state is chosen. The KL alone is blind to which errors matter on
-            text, the gap alone is noisy.
-        """
+    def evaluate(self) -> HeldOutLoss:
+        """What the held-out blocks lose now."""
         sums = torch.zeros(len(LOSSES))
         own = torch.arange(len(self.held_out))
         # Under FSDP2 every process must run as many passes: all of them read all blocks.
@@ -194,24 +160,26 @@ class Run:
         predicted = int((self.held_out.positions[:, 1:] != 0).sum())
         _, kl, ce, teacher_ce = sums.tolist()
         kl, gap = kl / self.held_out.num_tokens, (ce - teacher_ce) / predicted
-        return {
-            "kl": kl,
-            "ce": ce / predicted,
-            "teacher_ce": teacher_ce / predicted,
-            "gap": gap,
-            "lost": (kl + max(gap, 0.0)) / 2,
-        }
+        return HeldOutLoss(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            kl=kl,
+            ce=ce / predicted,
+            teacher_ce=teacher_ce / predicted,
+            gap=gap,
+            lost=(kl + max(gap, 0.0)) / 2,
+        )
 
     def _look(self) -> bool:
         """Evaluate and save; whether the run should go on."""
         progress = self.progress
         result = self.evaluate()
-        if not math.isfinite(result["lost"]):
+        if not math.isfinite(result.lost):
             raise HealingError("the held-out loss is not finite; lower --lr, or use --precision float32")
-        best = min((e["lost"] for e in progress.evaluations), default=math.inf)
-        progress.evaluations.append({"step": progress.step, "tokens": progress.tokens, **result})
-        self._record({"evaluation": progress.evaluations[-1]})
-        if result["lost"] < best:
+        best = min((e.lost for e in progress.evaluations), default=math.inf)
+        progress.evaluations.append(result)
+        self._record({"evaluation": asdict(result)})
+        if result.lost < best:
             progress.best_step, progress.stale = progress.step, 0
             self.state.save_best(self.module)
         elif progress.step > self.steps // 2:  # before, the rate is too high to tell
@@ -252,7 +220,7 @@ class Run:
             last = progress.evaluations[-1]
             meter(
                 progress.tokens,
-                {"loss": values["loss"], "held-out KL": last["kl"], "gap": last["gap"], "tokens/s": speed},
+                {"loss": values["loss"], "held-out KL": last.kl, "gap": last.gap, "tokens/s": speed},
             )
             if progress.step % self.every == 0 or progress.step == self.steps:
                 going = self._look()

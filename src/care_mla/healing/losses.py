@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from care_mla.config import HealSettings
+from care_mla.errors import ConfigError
 from care_mla.runtime import has_float64
 
 IGNORED = -100
@@ -169,3 +171,12 @@ def losses(
     weights = (kl_weight, ce_weight)
     result: Tensor = _Losses.apply(logits, labels, teacher, weights, temperature, with_ce or bool(ce_weight))
     return result
+
+
+def require_loss(settings: HealSettings) -> None:
+    """
+    Raises:
+        ConfigError: nothing would be learned.
+    """
+    if not settings.kl_weight and not settings.ce_weight:
+        raise ConfigError("--kl-weight and --ce-weight are both 0: nothing would be learned")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from care_mla.files import write_tensors
-from care_mla.healing.state import on_main
+from care_mla.healing.processes import on_main
 from care_mla.healing.student import DOWN_FACTORS, KV_FACTORS
 from care_mla.linalg import symmetric_eigen
 
@@ -137,7 +137,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
     return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
 
 
-def plain(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained weights by their own names, out of the coordinates above."""
     result = {}
     for name, tensor in state.items():

@@ -9,14 +9,13 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,8 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from care_mla.errors import ConversionError, HealingError
+from care_mla.errors import HealingError
 from care_mla.files import write_text, writing
+from care_mla.healing.processes import is_main, wait
+from care_mla.records.healing import HeldOutLoss
 
 PROGRESS = "progress.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -55,37 +56,13 @@ class Progress:
     seconds: float = 0.0
     stale: int = 0
     best_step: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[HeldOutLoss] = field(default_factory=list)
     rng: str = ""
 
-
-def is_main() -> bool:
-    """Whether this process writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def wait() -> None:
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def on_main(action: Callable[[], None]) -> None:
-    """Let the main process act while the others wait; what it refuses is refused by all of them.
-
-    Raises:
-        ConversionError: of the action.
-    """
-    refused: list[ConversionError | None] = [None]
-    if is_main():
-        try:
-            action()
-        except ConversionError as error:
-            refused[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(refused, src=0)
-    if refused[0] is not None:
-        raise refused[0]
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Progress:
+        """As `asdict` made it."""
+        return cls(**{**saved, "evaluations": [HeldOutLoss(**each) for each in saved["evaluations"]]})
 
 
 @contextmanager
@@ -193,8 +170,8 @@ class RunState:
         values = {"model": trained_state(model), "optimizer": optimizer_state(model, optimizer)}
         _load(values, newest)
         try:
-            progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            progress = Progress.from_dict(json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise HealingError(f"{newest / PROGRESS} cannot be read; start anew with --overwrite ({error})") from error
         set_model_state_dict(model, values["model"], options=_TRAINED)
         set_optimizer_state_dict(model, optimizer, values["optimizer"])

@@ -212,7 +212,7 @@ def _scale_latents(attention: Any, down: float, up: float) -> None:
         up_proj.weight.copy_((up_proj.weight.double() * up).to(up_proj.weight.dtype))
 
 
-def folded_in(name: str, tensor: Tensor, rank: int) -> Tensor:
+def beside_identity_norm(name: str, tensor: Tensor, rank: int) -> Tensor:
     """A trained tensor of a folded attention as it stands beside the identity norm, float64.
 
     Args:

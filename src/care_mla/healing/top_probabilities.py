@@ -16,7 +16,7 @@ from torch import Tensor
 from care_mla.errors import HealingError
 from care_mla.files import write_tensors, writing
 from care_mla.healing.blocks import Blocks
-from care_mla.healing.state import is_main, wait
+from care_mla.healing.processes import is_main, wait
 from care_mla.progress import Track
 
 TopOf = Callable[[Blocks], tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ def key_of(blocks: Blocks, teacher: str, count: int, temperature: float) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored(path: Path) -> TopProbabilities | None:
+def read_top_probabilities(path: Path) -> TopProbabilities | None:
     """What an earlier run left at `path`; None where there is nothing.
 
     Raises:
@@ -67,7 +67,9 @@ def stored(path: Path) -> TopProbabilities | None:
         raise HealingError(f"the teacher's probabilities in {path} are damaged ({error}); delete the file") from error
 
 
-def store(blocks: Blocks, path: Path, batch_size: int, top_of: TopOf, track: Track) -> TopProbabilities:
+def write_top_probabilities(
+    blocks: Blocks, path: Path, batch_size: int, top_of: TopOf, track: Track
+) -> TopProbabilities:
     """Run the teacher over all blocks once and keep what it says; the file appears whole or not at all.
 
     Several processes share the blocks out; all of them make equally many passes, as a sharded teacher needs it.
@@ -92,7 +94,7 @@ def store(blocks: Blocks, path: Path, batch_size: int, top_of: TopOf, track: Tra
         for process in range(processes):
             _part(path, process).unlink()
     wait()
-    result = stored(path)
+    result = read_top_probabilities(path)
     assert result is not None
     return result
 
