@@ -14,14 +14,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from care_mla.errors import CheckpointError
 from care_mla.interrupts import uninterrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 _NAME_BYTES = 160
@@ -199,6 +200,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         CheckpointError: it cannot be written.
     """
+    from safetensors.torch import save_file  # brings torch, which reading a config.json needs not
+
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(whole, temporary, metadata=metadata)
@@ -250,3 +253,22 @@ def require_own_file(path: Path, option: str) -> None:
 
 def _reason_of_path(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint directory.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # nested too deeply, a number of thousands of digits, not UTF-8
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value

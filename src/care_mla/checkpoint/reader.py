@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from care_mla.errors import CheckpointError
+from care_mla.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of plain weights, as safetensors names them."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _RANK_LOCAL = re.compile(r"^shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
 
 _SAMPLE = 4096
 """Elements hashed at either end of every tensor: enough to tell any two trained checkpoints apart without reading 140 GB."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint directory.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # nested too deeply, a number of thousands of digits, not UTF-8
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
 
 
 @dataclass(frozen=True)
@@ -206,7 +185,7 @@ class CheckpointReader:
     @property
     def first_dtype(self) -> torch.dtype:
         """Of the first floating-point tensor, which transformers takes where config.json names none; float32 without one."""
-        return next((FLOATING[t.dtype] for t in self._whole.values() if t.dtype in FLOATING), torch.float32)
+        return next((_DTYPES[t.dtype] for t in self._whole.values() if t.dtype in _DTYPES), torch.float32)
 
     @cached_property
     def fingerprint(self) -> str:

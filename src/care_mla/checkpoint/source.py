@@ -9,10 +9,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.side_files import FOLDERS, side_files
 from care_mla.checkpoint.storage import require_no_adapter
 from care_mla.errors import CheckpointError, ConfigError, ConversionError
+from care_mla.files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from care_mla.checkpoint.reader import FLOATING
 from care_mla.errors import CheckpointError, UnsupportedModelError
 
+FLOATING = ("F64", "F32", "BF16", "F16")
+"""Types of plain weights, as safetensors names them."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 QUANTIZATION_ENTRIES = ("quantization_config", "compression_config")

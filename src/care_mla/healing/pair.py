@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from care_mla.checkpoint import CheckpointReader, resolve_source
-from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError
+from care_mla.files import read_json
 from care_mla.healing.student import family_of
 from care_mla.modeling import require_loadable, take_inventory
 from care_mla.records.artifacts import EXPORT, MANIFEST

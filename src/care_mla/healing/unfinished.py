@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from care_mla.checkpoint import Kind
 from care_mla.checkpoint.outputs import Inputs, mark, remove, require_apart, require_replaceable
-from care_mla.checkpoint.reader import read_json
 from care_mla.config import HealSettings
 from care_mla.errors import HealingError
-from care_mla.files import write_json, writing
+from care_mla.files import read_json, write_json, writing
 from care_mla.records.artifacts import MANIFEST, METRICS
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from care_mla.checkpoint import resolve_source
-from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
+from care_mla.files import read_json
 from care_mla.modeling.attention import LatentAttention, MlaAttention
 from care_mla.modeling.building import first_line, rotary_module, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from care_mla.checkpoint import Kind, claim, require_output
-from care_mla.checkpoint.reader import read_json
 from care_mla.config import HealSettings
 from care_mla.errors import ConversionError
+from care_mla.files import read_json
 from care_mla.healing.unfinished import Start, UnfinishedRun
 from care_mla.pipeline.conversion import convert
 from care_mla.pipeline.heal import heal_pair

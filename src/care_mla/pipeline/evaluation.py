@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from care_mla.checkpoint import locked, resolve_source
-from care_mla.checkpoint.reader import read_json
 from care_mla.errors import CheckpointError, ConfigError
-from care_mla.files import write_json, write_text
+from care_mla.files import read_json, write_json, write_text
 from care_mla.progress import Track, shown
 from care_mla.records.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from care_mla.checkpoint import resolve_source
-from care_mla.checkpoint.reader import read_json
 from care_mla.families import get_family
+from care_mla.families.ordinary import is_ordinary
+from care_mla.files import read_json
 from care_mla.geometry import Geometry
 from care_mla.mapping import (
     EXPRESSES,
@@ -18,6 +17,8 @@ from care_mla.mapping import (
 )
 from care_mla.names import Layout
 from care_mla.ranks import make_budget
+
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
     Raises:
         CheckpointError, UnsupportedModelError, RankError
     """
-    from care_mla.modeling import require_buildable
-
     config = read_json(resolve_source(source, config_only=True) / "config.json")
     family = get_family(config)
     geometry = family.geometry(config)
-    require_buildable(config)
+    if not is_ordinary(config, family):
+        from care_mla.modeling import require_buildable
+
+        require_buildable(config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     rows = []
     for kv_save in (0.0, *budgets):
@@ -71,7 +73,7 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
         architecture=", ".join(config.get("architectures") or [family.model_type]),
         geometry=geometry,
         dtype=dtype,
-        element_bytes=getattr(torch, dtype).itemsize,
+        element_bytes=ELEMENT_BYTES[dtype],
         budgets=rows,
         features=[
             (

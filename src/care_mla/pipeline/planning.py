@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from care_mla.checkpoint import resolve_source, scratch
-from care_mla.checkpoint.reader import read_json
 from care_mla.config import Recipe
 from care_mla.config.policy import policy
 from care_mla.errors import ConfigError, RankError
 from care_mla.families import get_family
-from care_mla.files import require_own_file, write_bytes
+from care_mla.files import read_json, require_own_file, write_bytes
 from care_mla.geometry import Geometry
 from care_mla.methods import get_method
 from care_mla.names import Layout

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from care_mla.checkpoint import CheckpointReader, resolve_source
-from care_mla.checkpoint.reader import read_json
 from care_mla.checkpoint.storage import require_plain_tensor, require_unquantized
 from care_mla.errors import CheckpointError, UnsupportedModelError
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.spec import Projection
+from care_mla.files import read_json
 from care_mla.geometry import Geometry
 from care_mla.mapping import EXPRESSES, REFUSES, AttentionWeights
 from care_mla.names import Layout
