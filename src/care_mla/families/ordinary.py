@@ -134,7 +134,6 @@ def is_ordinary(config: Mapping[str, Any], family: FamilySpec) -> bool:
         return False
     if config.get("rope_scaling") is not None and config.get("rope_parameters") is not None:
         return False
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    own_width = "head_dim" in config or "head_dim" in family.config_defaults or width % heads == 0
+    heads, width = config["num_attention_heads"], config["hidden_size"]  # some classes want whole heads, head_dim or not
     plain_family = not (family.rope_layers or family.rope_by_layer_type or family.full_attention_every or family.sinks)
-    return own_width and plain_family
+    return width % heads == 0 and plain_family
