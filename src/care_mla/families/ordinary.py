@@ -104,7 +104,7 @@ PLAIN: dict[str, _Check] = {
         _flag,
     ),
     **dict.fromkeys(("attention_dropout", "initializer_range"), _share),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _token),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "unk_token_id"), _token),
     "eos_token_id": _tokens,
     "rms_norm_eps": _positive,
     "rope_theta": _theta,
@@ -114,7 +114,7 @@ PLAIN: dict[str, _Check] = {
     "pretraining_tp": lambda value, config: value == 1 and type(value) is int,
     "use_mrope": lambda value, config: value is False,
     "max_window_layers": _count,
-    **dict.fromkeys(("model_type", "transformers_version", "_name_or_path"), _word),
+    **dict.fromkeys(("model_type", "transformers_version", "_name_or_path", "_model_name_or_path"), _word),
     **dict.fromkeys(
         ("architectures", "dtype", "torch_dtype"), lambda value, config: True
     ),  # `check_identity` has read them
@@ -134,6 +134,9 @@ def is_ordinary(config: Mapping[str, Any], family: FamilySpec) -> bool:
         return False
     if config.get("rope_scaling") is not None and config.get("rope_parameters") is not None:
         return False
-    heads, width = config["num_attention_heads"], config["hidden_size"]  # some classes want whole heads, head_dim or not
+    heads, width = (
+        config["num_attention_heads"],
+        config["hidden_size"],
+    )  # some classes want whole heads, head_dim or not
     plain_family = not (family.rope_layers or family.rope_by_layer_type or family.full_attention_every or family.sinks)
     return width % heads == 0 and plain_family
