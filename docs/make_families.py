@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from care_mla.export.deepseek import EXPRESSES as EXPORTED
 from care_mla.families import BUILT_IN, FamilySpec
-from care_mla.mapping import EXPRESSES, REFUSES
-from care_mla.mapping.deepseek import EXPRESSES as EXPORTED
-from care_mla.ranks.plan import Layout
+from care_mla.layouts import JOINT, LAYOUTS, MLA, Layout, lost_features
 
-LAYOUTS: tuple[Layout, ...] = ("split", "joint", "mla")
 PAGE = Path(__file__).with_name("families.md")
 INTRODUCTION = """# Families
 
@@ -74,15 +72,12 @@ def render() -> str:
         [
             f"`{spec.model_type}`",
             _purpose(spec),
-            *(_layout(spec, layout) for layout in LAYOUTS),
+            *(_layout(spec, layout) for layout in LAYOUTS.values()),
             *(_export(spec, target) for target in targets),
         ]
         for spec in BUILT_IN
     ]
-    features = [
-        [name, EXPRESSES["joint"][name], EXPRESSES["mla"].get(name) or f"no: {REFUSES['mla'][name]}"]
-        for name in EXPRESSES["joint"]
-    ]
+    features = [[name, JOINT.keeps[name], MLA.keeps.get(name) or f"no: {MLA.refuses[name]}"] for name in JOINT.keeps]
     return "\n".join(
         [
             INTRODUCTION,
@@ -113,7 +108,7 @@ def _spec_files() -> list[Path]:
 
 
 def _layout(spec: FamilySpec, layout: Layout) -> str:
-    lost = [feature for feature in spec.features({}) if feature not in EXPRESSES[layout]]
+    lost = lost_features(spec.features({}), layout)
     return f"no: {', '.join(lost)}" if lost else "yes"
 
 

@@ -13,11 +13,11 @@ from jaxtyping import install_import_hook
 
 # Shapes of the numerical folders are checked at run time throughout the suite.
 _hook = install_import_hook(
-    ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.rope", "care_mla.mapping"],
+    ["care_mla.linalg", "care_mla.stats", "care_mla.methods", "care_mla.ranks", "care_mla.rope", "care_mla.layouts"],
     "beartype.beartype",
 )
 with _hook:
-    import care_mla.mapping
+    import care_mla.layouts
     import care_mla.methods
     import care_mla.ranks
     import care_mla.stats

@@ -19,9 +19,8 @@ import care_mla
 from care_mla.errors import CalibrationError, ConfigError, RankError, UnsupportedModelError
 from care_mla.evaluation import measure_cache
 from care_mla.families import BUILT_IN, FamilySpec, get_family
-from care_mla.mapping import EXPRESSES, REFUSES
+from care_mla.layouts import JOINT, LAYOUTS, MLA, require_expressible
 from care_mla.modeling import CACHE_NAME, cache_of
-from care_mla.pipeline import require_expressible
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -241,16 +240,14 @@ def test_what_mla_cannot_express_is_refused(name: str, shelf: Shelf, tmp_path: P
         UnsupportedModelError, match="which layout mla cannot express; choose --layout split or joint"
     ) as error:
         care_mla.convert(shelf.source(name), tmp_path / "out", kv_save=0.5, layout="mla")
-    assert all(
-        feature in str(error.value) and REFUSES["mla"][feature] in str(error.value) for feature in MLA_LOSES[name]
-    )
+    assert all(feature in str(error.value) and MLA.refuses[feature] in str(error.value) for feature in MLA_LOSES[name])
     assert not (tmp_path / "out").exists()
 
 
 def test_every_feature_is_kept_or_refused_with_a_reason() -> None:
-    for layout, kept in EXPRESSES.items():
-        assert not set(kept) & set(REFUSES[layout])
-        assert set(kept) | set(REFUSES[layout]) == set(EXPRESSES["joint"])
+    for layout in LAYOUTS.values():
+        assert not set(layout.keeps) & set(layout.refuses)
+        assert set(layout.keeps) | set(layout.refuses) == set(JOINT.keeps)
 
 
 def test_every_family_has_a_tiny_model() -> None:

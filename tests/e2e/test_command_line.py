@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from care_mla import cli, methods, names, ranks
 from care_mla.config import CalibrationSettings, EvaluationSettings, ExportSettings, HealSettings, Recipe, TextSettings
-from care_mla.mapping.deepseek import Engine
+from care_mla.export.deepseek import Engine
 
 Care = Callable[..., str]
 COMMANDS = ("calibrate", "convert", "evaluate", "export", "fetch", "heal", "inspect", "plan", "report")

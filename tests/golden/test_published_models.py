@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import care_mla
 from care_mla.cli import main
 from care_mla.families import get_family
+from care_mla.layouts import JOINT
 from care_mla.ranks import make_budget
 
 HERE = Path(__file__).parent
@@ -45,7 +46,7 @@ def _describe(path: Path) -> dict[str, Any]:
         "features": spec.features(config),
         "geometry": spec.geometry(config).to_dict(),
         "cache_elements": [
-            make_budget(spec.geometry(config), "joint", kv_save=saved).elements for saved in (0.0, *BUDGETS)
+            make_budget(spec.geometry(config), JOINT, kv_save=saved).elements for saved in (0.0, *BUDGETS)
         ],
     }
 

@@ -16,9 +16,15 @@ from care_mla.calibration.collect import _draw, _sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError, NumericalError
 from care_mla.families import get_family
 from care_mla.geometry import Geometry
+from care_mla.layouts import (
+    JOINT,
+    AttentionWeights,
+    LatentContent,
+    get_layout,
+    predicted_loss_increase,
+    reconstruction_error,
+)
 from care_mla.linalg import decompose, truncate
-from care_mla.mapping import latent_tensors, predicted_loss_increase
-from care_mla.mapping.latent import reconstruction_error
 from care_mla.methods import METHODS, Weighting
 from care_mla.ranks import allocate, make_budget
 from care_mla.stats import FisherMoments, LayerStatistics, Moments
@@ -95,7 +101,9 @@ def test_centring_keeps_the_mean_whatever_the_rank() -> None:
     factors = [truncate(decompose(metric.second_moment, metric.output_metric), 2)]
     bias = torch.arange(4.0, dtype=torch.float64)
     for k_bias in (None, bias):
-        tensors = latent_tensors(factors, W, layout="joint", k_bias=k_bias, v_bias=None, mean=metric.mean)
+        none = torch.zeros(0, W.shape[1], dtype=W.dtype)
+        weights = AttentionWeights(none, W[:4], W[4:], none.T, k_bias=k_bias)
+        tensors = JOINT.tensors(weights, factors, LatentContent(), metric.mean, Geometry(1, W.shape[1], 1, 1, 4))
         latent = factors[0].encode @ metric.mean
         keys = tensors["k_b_proj.weight"] @ latent + tensors["k_b_proj.bias"]
         values = tensors["v_b_proj.weight"] @ latent + tensors["v_b_proj.bias"]
@@ -116,7 +124,7 @@ def test_energy_allocation_is_optimal(layout: str, multiple: int) -> None:
     geometry = Geometry(
         num_layers=3 if layout == "joint" else 2, hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=2
     )
-    budget = make_budget(geometry, layout, kv_save=0.5)
+    budget = make_budget(geometry, get_layout(layout), kv_save=0.5)
     generator = torch.Generator().manual_seed(4)
     energies = [
         [
@@ -217,13 +225,13 @@ def test_predicted_loss_increase_is_the_quadratic_form(layout: str, centred: boo
     moments, fisher = Moments.zeros(8, 8), FisherMoments.zeros(8)
     moments.update(y, y)
     fisher.update(y, g, moments.second_moment)
-    blocks = [slice(0, 8)] if layout == "joint" else [slice(0, 4), slice(4, 8)]
+    blocks = get_layout(layout).rows(4)
     factors = [truncate(decompose(moments.second_moment[rows, rows]), 3) for rows in blocks]
     mean = moments.mean if centred else None
-    error = reconstruction_error(factors, 8, layout=layout)
+    error = reconstruction_error(factors, 8, rows=blocks)
     lost = (y - (moments.mean if centred else 0.0)) @ error.T
     measured = 0.5 * float((lost * g).sum(1).square().mean())
-    predicted = predicted_loss_increase(factors, LayerStatistics(moments, fisher), layout=layout, mean=mean)
+    predicted = predicted_loss_increase(factors, LayerStatistics(moments, fisher), rows=blocks, centre=mean)
     assert predicted == pytest.approx(measured, rel=0.03)
 
 

@@ -16,8 +16,8 @@ import care_mla
 from care_mla.calibration import Propagation, collect_fisher, collect_moments
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
+from care_mla.layouts import DenseProjections
 from care_mla.linalg import PositiveMatrix, decompose
-from care_mla.mapping import DenseProjections
 from care_mla.modeling import CACHE_NAME, cache_of
 from care_mla.stats import CrossMoments, FisherMoments, Moments
 from care_mla.text import TokenWindows

@@ -17,8 +17,8 @@ import care_mla
 from care_mla.calibration import Propagation
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
+from care_mla.layouts import DenseProjections
 from care_mla.linalg import ridge_refit
-from care_mla.mapping import DenseProjections
 from care_mla.stats import CrossMoments
 from care_mla.text import TokenWindows, make_windows
 

@@ -14,10 +14,16 @@ from torch import Tensor
 import care_mla
 from care_mla.calibration import collect_fisher, collect_moments, normalized_keys_taps, normalized_taps
 from care_mla.calibration.collect import _sampled_gradient
+from care_mla.conversion.linear_norms import (
+    affine_fit,
+    constant_norm,
+    linearization_error,
+    linearized_attention,
+    linearized_statistics,
+)
 from care_mla.errors import CalibrationError, ConfigError
 from care_mla.families import get_family
-from care_mla.mapping import AttentionWeights, linearization_error, linearized_attention, linearized_statistics
-from care_mla.mapping.qk_norm import affine_fit, constant_norm
+from care_mla.layouts import AttentionWeights
 from care_mla.stats import CrossMoments, FisherMoments, LayerStatistics, Moments, NormalizedStatistics
 from care_mla.stats.normalized import with_constant
 from care_mla.text import make_windows

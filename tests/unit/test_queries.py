@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from care_mla.conversion.queries import query_factors, query_metric, relative_query_error
 from care_mla.errors import RankError
 from care_mla.linalg import PositiveMatrix, shrink_to_isotropic
-from care_mla.mapping import query_factors, query_metric, relative_query_error
 
 GROUPS, HEADS, WIDTH, INPUT = 2, 4, 4, 6
 

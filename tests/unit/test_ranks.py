@@ -8,6 +8,7 @@ from torch import Tensor
 
 from care_mla.errors import ConfigError, RankError
 from care_mla.geometry import Geometry
+from care_mla.layouts import JOINT, SPLIT, get_layout
 from care_mla.ranks import allocate, make_budget
 
 GEOMETRY = Geometry(num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)  # n = 16, cache 128
@@ -24,10 +25,10 @@ def _energies(layers: int, width: int, seed: int = 0) -> list[Tensor]:
 
 def test_three_ways_to_name_a_budget_agree() -> None:
     budgets = [
-        make_budget(GEOMETRY, "joint", **{k: v}) for k, v in (("rank", 8), ("kv_save", 0.5), ("cache_elements", 64))
+        make_budget(GEOMETRY, JOINT, **{k: v}) for k, v in (("rank", 8), ("kv_save", 0.5), ("cache_elements", 64))
     ]
     assert {budget.elements for budget in budgets} == {64}
-    assert [make_budget(GEOMETRY, layout, rank=8).nominal_rank for layout in ("split", "joint")] == [8, 16]
+    assert [make_budget(GEOMETRY, layout, rank=8).nominal_rank for layout in (SPLIT, JOINT)] == [8, 16]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_bad_budgets(given: dict[str, float]) -> None:
 @pytest.mark.parametrize("layout", ["split", "joint"])
 @pytest.mark.parametrize("allocator", ["uniform", "care"])
 def test_budget_is_never_exceeded_and_nearly_spent(allocator: str, layout: str, kv_save: float) -> None:
-    budget = make_budget(GEOMETRY, layout, kv_save=kv_save)
+    budget = make_budget(GEOMETRY, get_layout(layout), kv_save=kv_save)
     energies = [_energies(4, budget.width, seed) for seed in range(budget.num_blocks)]
     plan = allocate(allocator, energies, budget)
     assert plan.cache_elements_per_token <= budget.elements
@@ -79,13 +80,13 @@ def test_eq_1_step_by_step() -> None:
 
 def test_eq_1_prefers_fast_decay() -> None:
     """The paper's fault, kept faithfully: a share of the own residual favours layers that need rank least."""
-    budget = make_budget(GEOMETRY, "joint", rank=5)
+    budget = make_budget(GEOMETRY, JOINT, rank=5)
     ranks = [layer[0] for layer in allocate("care", [_energies(4, 32)], budget).ranks]
     assert ranks == sorted(ranks) and ranks[0] < ranks[-1]
 
 
 def test_multiples_and_bounds() -> None:
-    budget = make_budget(GEOMETRY, "joint", kv_save=0.45)
+    budget = make_budget(GEOMETRY, JOINT, kv_save=0.45)
     plan = allocate("care", [_energies(4, 32)], budget, multiple=4, min_rank=8, max_rank=24)
     assert all(rank % 4 == 0 and 8 <= rank <= 24 for (rank,) in plan.ranks)
     assert allocate("uniform", [_energies(4, 32)], budget, multiple=8).ranks == ((16,),) * 4
@@ -102,14 +103,14 @@ def test_multiples_and_bounds() -> None:
 )
 def test_impossible_bounds(options: dict[str, int], message: str) -> None:
     with pytest.raises(RankError, match=message):
-        allocate("care", [_energies(4, 32)], make_budget(GEOMETRY, "joint", kv_save=0.5), **options)
+        allocate("care", [_energies(4, 32)], make_budget(GEOMETRY, JOINT, kv_save=0.5), **options)
 
 
 def test_nothing_left_to_explain_is_no_division_by_zero() -> None:
     flat = [torch.zeros(32, dtype=torch.float64)] * 4
-    assert allocate("care", [flat], make_budget(GEOMETRY, "joint", kv_save=0.5)).ranks == ((16,),) * 4
+    assert allocate("care", [flat], make_budget(GEOMETRY, JOINT, kv_save=0.5)).ranks == ((16,),) * 4
 
 
 def test_unknown_allocator() -> None:
     with pytest.raises(ConfigError, match="uniform, care, energy, fisher"):
-        allocate("magic", [_energies(4, 32)], make_budget(GEOMETRY, "joint", kv_save=0.5))
+        allocate("magic", [_energies(4, 32)], make_budget(GEOMETRY, JOINT, kv_save=0.5))

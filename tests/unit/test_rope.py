@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from care_mla.errors import RankError
+from care_mla.layouts import AttentionWeights
+from care_mla.layouts.mla import mla_tensors, position_free
 from care_mla.linalg import decompose, truncate
-from care_mla.mapping import AttentionWeights, mla_tensors, position_free
 from care_mla.rope import (
     Components,
     RotarySelection,

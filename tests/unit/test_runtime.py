@@ -22,7 +22,7 @@ from care_mla.config import HealSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families import get_family
 from care_mla.healing import processes
-from care_mla.mapping import DenseProjections
+from care_mla.layouts import DenseProjections
 from care_mla.runtime import devices, has_float64, memory_named, resolve_device, resolve_dtype, sums_device
 from care_mla.text import TokenWindows
 

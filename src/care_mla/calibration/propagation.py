@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import FamilySpec
 from care_mla.families.spec import Projection
+from care_mla.layouts import DenseProjections
 from care_mla.linalg import ridge_refit
-from care_mla.mapping import DenseProjections
 from care_mla.runtime import sums_device
 from care_mla.stats import CrossMoments
 from care_mla.text import Batch, TokenWindows

@@ -35,9 +35,9 @@ def nats(increase: float) -> str:
 
 def recipe_name(recipe: dict[str, Any]) -> str:
     """What was done, in a line."""
-    refit = ", output projections refitted" if recipe["refit"] else ""
-    norm = ", linear QK-norm" if recipe["qk_norm"] == "linear" else ""
-    queries = f", queries of rank {recipe['q_lora_rank']}" if recipe["q_lora_rank"] is not None else ""
+    refit = ", output projections refitted" if recipe.get("refit") else ""
+    norm = ", linear QK-norm" if recipe.get("qk_norm") == "linear" else ""
+    queries = f", queries of rank {recipe['q_lora_rank']}" if "q_lora_rank" in recipe else ""
     return f"{recipe['method']}, {recipe['layout']} latent, {recipe['ranks']} ranks{norm}{queries}{refit}"
 
 
@@ -66,7 +66,7 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
     )
     table.add_row("KV cache saved", f"{100 * manifest['kv_save']:.1f}%")
     table.add_row("latent width by layer", f"{min(widths)}..{max(widths)}")
-    if recipe["layout"] == "mla":
+    if "qk_rope_head_dim" in recipe:
         table.add_row("rotary key", _rotary_row(manifest))
     for block, name in (("k", "keys"), ("v", "values"), ("q", "queries")):
         errors = [layer["relative_error"][block] for layer in layers if block in layer["relative_error"]]
@@ -76,14 +76,14 @@ def show_conversion(manifest: dict[str, Any], out: Path) -> None:
             f"relative error of {name}",
             f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f} (layer {errors.index(max(errors))})",
         )
-    if recipe["qk_norm"] == "linear":
+    if recipe.get("qk_norm") == "linear":
         both = ", ".join(
             f"{name} {sum(layer['norm_error'][part] for layer in layers) / len(layers):.4f}"
             for part, name in (("q", "queries"), ("k", "keys"))
         )
         table.add_row("relative error of linear QK-norm", f"mean {both}")
     if manifest["predicted_loss_increase"] is not None:
-        before = " (before the refit)" if recipe["refit"] else ""
+        before = " (before the refit)" if recipe.get("refit") else ""
         table.add_row(
             "predicted loss increase",
             f"{nats(manifest['predicted_loss_increase'])} on text like the calibration's{before}",
@@ -157,7 +157,7 @@ def show_equal_ranks(facts: Inspection, plans: Sequence[RankPlan]) -> None:
 
     row("today", 0.0, now, f"K, V: {geometry.kv_width}")
     for plan in plans:
-        row(plan.layout, plan.kv_save(geometry), plan.cache_elements_per_token, ", ".join(map(str, plan.ranks[0])))
+        row(plan.layout.name, plan.kv_save(geometry), plan.cache_elements_per_token, ", ".join(map(str, plan.ranks[0])))
     console().print(table)
 
 

@@ -27,9 +27,9 @@ class Recipe(Settings):
             stock as many as share a rotary pair and at least 2, unless every pair is kept.
         qk_rope_head_dim: width of the shared rotary key in layout mla; None: of least predicted loss, or the head's own width
             where the method does not predict.
-        q_lora_rank: rank of the queries in layout mla, see `mapping.queries`; None: exact.
+        q_lora_rank: rank of the queries in layout mla, see `conversion.queries`; None: exact.
         qk_norm: how layout mla keeps the norms of queries and keys: exact, with a cached scale a kv head, or linear, see
-            `mapping.qk_norm`.
+            `conversion.linear_norms`.
         context: positions that attention must span when rotations are dropped, layout mla.
         refit: whether output projections are refitted layer by layer (`calibration.Propagation`).
         refit_tokens: calibration tokens that the refit reads.

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from care_mla.checkpoint import CheckpointReader
 from care_mla.errors import CheckpointError, HealingError
+from care_mla.export.deepseek import NORM_GAIN, NORM_WEIGHT, SHRUNK
 from care_mla.families import FamilySpec, get_family
-from care_mla.mapping.deepseek import NORM_GAIN, NORM_WEIGHT, SHRUNK
 from care_mla.modeling import LANGUAGE_MODEL, skeleton
 from care_mla.names import Trained
 
@@ -189,7 +189,7 @@ def set_trained(pupil: Pupil, trained: Trained) -> list[str]:
 
 
 def fold_identity_norms(pupil: Pupil) -> bool:
-    """Take kv_a_layernorm out of attentions where it is the identity by its scales (`mapping.deepseek`); whether there were any.
+    """Take kv_a_layernorm out of attentions where it is the identity by its scales (`export.deepseek`); whether there were any.
 
     Trained as they are, the shrunk rows would move the norm away from the identity and be stepped over by any optimizer.
     """

@@ -217,7 +217,7 @@ class MlaAttention(ConvertedAttention):
 
     What is cached is the latent and the rotary key, already turned. The rotary pairs turn at chosen frequencies of the
     source's own rotary module (`rope_frequencies`), so every kind of RoPE scaling is the model's own. With QK-norm one scale
-    a kv head is cached too, see `mapping.mla`. With `q_lora_rank` queries are q_b_proj(q_a_proj(x)).
+    a kv head is cached too, see `layouts.mla`. With `q_lora_rank` queries are q_b_proj(q_a_proj(x)).
     """
 
     def __init__(self, source: Any, rotary: Any, family: FamilySpec, config: CareMlaConfig, layer_idx: int):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -11,9 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from care_mla.errors import CheckpointError
 from care_mla.families.entries import found, malformed
+from care_mla.layouts import LAYOUTS
 from care_mla.modeling.building import complete
-from care_mla.ranks import RankPlan
-from care_mla.ranks.plan import BLOCKS
 
 OF_SOURCE = (
     "vocab_size",
@@ -97,20 +96,9 @@ class CareMlaConfig(PreTrainedConfig):
         Raises:
             CheckpointError: an entry, what it holds and what is needed.
         """
-        if self.layout not in BLOCKS:
-            raise malformed("layout", self.layout, f"one of {', '.join(BLOCKS)}")
-        widths = {"kv_lora_rank": self.kv_lora_rank}
-        widths |= {"k_lora_rank": self.k_lora_rank or []} if self.layout == "split" else {}
-        for name, ranks in widths.items():
-            if len(ranks) != self.num_hidden_layers or not all(rank > 0 for rank in ranks):
-                raise malformed(name, ranks, f"a list with a positive rank for each of {self.num_hidden_layers} layers")
-        if self.layout == "split" and any(k >= both for k, both in zip(*reversed(widths.values()), strict=True)):
-            raise malformed("k_lora_rank", self.k_lora_rank, "less than kv_lora_rank in every layer")
-        turned = self.rope_frequencies
-        if self.layout == "mla" and (
-            turned is None or len(turned) != self.num_hidden_layers or not all(turned) or min(map(min, turned)) < 0
-        ):
-            raise malformed("rope_frequencies", turned, "a list of indices for every layer")
+        if self.layout not in LAYOUTS:
+            raise malformed("layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+        LAYOUTS[self.layout].require_entries(self)
 
 
 def source_text_config(source_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,39 +108,21 @@ def source_text_config(source_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def converted_config(
-    source_config: dict[str, Any],
-    plan: RankPlan,
-    *,
-    biases: Collection[str],
-    dtype: str,
-    rope_frequencies: list[list[int]] | None = None,
-    q_lora_rank: int | None = None,
-    qk_norm: str = "exact",
+    source_config: dict[str, Any], layout: str, entries: Mapping[str, Any], *, dtype: str
 ) -> dict[str, Any]:
     """config.json of a converted checkpoint; the source's own config is kept whole under `text_config`.
 
     Args:
         source_config: the source's config.json.
-        biases: names of the biases that every converted attention has.
+        layout: its name.
+        entries: `Layout.config_entries`.
         dtype: of the written weights, e.g. "bfloat16".
     """
-    text_config = source_text_config(source_config)
-    mla = {
-        "o_bias": "o_proj.bias" in biases,
-        "q_lora_rank": q_lora_rank,
-        "q_bias": bool({"q_proj.bias", "q_b_proj.bias"} & set(biases)),
-        "qk_norm": qk_norm,
-        "rope_frequencies": rope_frequencies,
-    }
     return {
         "model_type": CareMlaConfig.model_type,
         "architectures": ["CareMlaForCausalLM"],
         "dtype": dtype,
-        "layout": plan.layout,
-        "kv_lora_rank": [sum(ranks) for ranks in plan.ranks],
-        "k_lora_rank": [ranks[0] for ranks in plan.ranks] if plan.layout == "split" else None,
-        "k_bias": bool({"k_b_proj.bias", "kv_a_proj_with_mqa.bias"} & set(biases)),
-        "v_bias": "v_b_proj.bias" in biases,
-        **(mla if plan.layout == "mla" else {}),
-        "text_config": {**text_config, "dtype": dtype},
+        "layout": layout,
+        **entries,
+        "text_config": {**source_text_config(source_config), "dtype": dtype},
     }

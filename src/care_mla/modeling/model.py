@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from care_mla.checkpoint import resolve_source
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.families import get_family
 from care_mla.files import read_json
-from care_mla.modeling.attention import LatentAttention, MlaAttention
+from care_mla.layouts import get_layout
 from care_mla.modeling.building import first_line, rotary_module, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache
 from care_mla.modeling.configuration import CareMlaConfig
@@ -45,8 +46,8 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
         # A device map must not cut through a decoder layer: its parts share a cache, a mask and the residual stream.
         self._no_split_modules = list(self.language_model._no_split_modules or [])
         rotary = self.language_model.get_submodule(family.rotary)
+        attention = resolve_name(get_layout(config.layout).attention)
         for layer_idx, layer in enumerate(self.language_model.get_submodule(family.layers)):
-            attention = MlaAttention if config.layout == "mla" else LatentAttention
             converted = attention(getattr(layer, family.attention), rotary, family, config, layer_idx)
             setattr(layer, family.attention, converted.to(self.language_model.dtype))
         self.post_init()
@@ -105,7 +106,7 @@ class CareMlaForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ConfigError(
                     f"the cache is a {type(cache).__name__}; a converted model needs care_mla.LatentCache(config=model.config)"
                 )
-            if self.config.layout != "mla":
+            if get_layout(self.config.layout).caches_positions:
                 tokens = inputs_embeds if input_ids is None else input_ids
                 position_ids = cache.append_positions(tokens, position_ids)
         return self.language_model(

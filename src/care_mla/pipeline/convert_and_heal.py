@@ -12,7 +12,7 @@ from care_mla.config import HealSettings
 from care_mla.errors import ConversionError
 from care_mla.files import read_json
 from care_mla.healing.unfinished import Start, UnfinishedRun
-from care_mla.pipeline.conversion import convert
+from care_mla.pipeline.convert import convert
 from care_mla.pipeline.heal import heal_pair
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.source import open_source

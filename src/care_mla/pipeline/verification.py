@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from care_mla.checkpoint import CheckpointReader
+from care_mla.conversion.source import PROJECTIONS, Source
 from care_mla.errors import CheckpointError, UnsupportedModelError
+from care_mla.layouts import JOINT, LatentContent
 from care_mla.linalg import Factors
-from care_mla.mapping import latent_tensors
-from care_mla.pipeline.source import PROJECTIONS, Source
 
 TOLERANCE = 1e-3
 """Largest relative difference in float32 between the source's attention and a converted one that lost nothing."""
@@ -63,14 +63,9 @@ def require_true_spec(source: Source) -> None:
 
 def full_rank_tensors(source: Source, layer: int) -> dict[str, Tensor]:
     """An attention of layout joint that loses nothing, by name inside the attention: the latent is keys and values as they are."""
-    W = source.stacked_weights(layer)
-    whole = torch.eye(len(W), dtype=W.dtype)
-    q, k, v = (source.projection(layer, part) for part in PROJECTIONS[:3])
-    tensors = latent_tensors([Factors(encode=whole, up=whole)], W, layout="joint", k_bias=k[1], v_bias=v[1])
-    if source.family.qkv_proj is not None:
-        name = source.family.q_proj
-        tensors |= {f"{name}.weight": q[0]} if q[1] is None else {f"{name}.weight": q[0], f"{name}.bias": q[1]}
-    return tensors
+    weights = source.attention(layer)
+    whole = torch.eye(len(weights.keys_and_values), dtype=weights.k.dtype)
+    return JOINT.tensors(weights, [Factors(encode=whole, up=whole)], LatentContent(), None, source.geometry)
 
 
 def require_same_weights(source: Source, model: Any) -> None:

@@ -133,7 +133,7 @@ def check_allocation(
     least = -(-least // multiple) * multiple
     if not 1 <= least <= most <= budget.width:
         raise RankError(
-            f"rank bounds {least}..{most} (in steps of {multiple}) do not fit 1..{budget.width}, the width of one {budget.layout} latent"
+            f"rank bounds {least}..{most} (in steps of {multiple}) do not fit 1..{budget.width}, the width of one {budget.layout.name} latent"
         )
     return Bounds(least, most, multiple)
 
@@ -159,4 +159,4 @@ def allocate(
     """
     bounds = check_allocation(allocator, budget, min_rank=min_rank, max_rank=max_rank, multiple=multiple)
     by_block = ALLOCATORS[allocator]([[e.to(torch.float64) for e in block] for block in energies], budget, bounds)
-    return RankPlan(budget.layout, tuple(zip(*by_block, strict=True)), budget.qk_rope_head_dim, budget.key_scales)
+    return RankPlan(budget.layout, tuple(zip(*by_block, strict=True)), budget.beside)

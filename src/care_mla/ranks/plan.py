@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from care_mla.errors import RankError
 from care_mla.geometry import Geometry
-from care_mla.names import Layout
-
-BLOCKS: dict[Layout, tuple[str, ...]] = {"split": ("k", "v"), "joint": ("kv",), "mla": ("kv",)}
-"""The latents of a layer, by layout."""
-
-
-def block_width(geometry: Geometry, layout: Layout) -> int:
-    """Largest rank of one latent: n for keys or values alone, 2n for both together."""
-    return geometry.kv_width * (1 if layout == "split" else 2)
+from care_mla.layouts.base import Layout
 
 
 @dataclass(frozen=True)
@@ -25,20 +18,18 @@ class RankPlan:
 
     Attributes:
         layout: which latents a layer has.
-        ranks: [layer][block], blocks in the order of `BLOCKS[layout]`.
-        qk_rope_head_dim: width of the shared rotary key of every layer; layout mla alone has one.
-        key_scales: cached scales of normalized keys of every layer, one a kv head; layout mla of a source with QK-norm.
+        ranks: [layer][block], blocks in the order of `layout.blocks`.
+        beside: name -> elements that every layer caches beside its latents.
     """
 
     layout: Layout
     ranks: tuple[tuple[int, ...], ...]
-    qk_rope_head_dim: int = 0
-    key_scales: int = 0
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cached_widths(self) -> tuple[int, ...]:
         """Cached elements per token of each layer."""
-        return tuple(sum(layer) + self.qk_rope_head_dim + self.key_scales for layer in self.ranks)
+        return tuple(sum(layer) + sum(self.beside.values()) for layer in self.ranks)
 
     @property
     def cache_elements_per_token(self) -> int:
@@ -51,9 +42,7 @@ class RankPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for manifests."""
-        rope = {"qk_rope_head_dim": self.qk_rope_head_dim} if self.qk_rope_head_dim else {}
-        scales = {"key_scales": self.key_scales} if self.key_scales else {}
-        return {"layout": self.layout, "ranks": [list(layer) for layer in self.ranks], **rope, **scales}
+        return {"layout": self.layout.name, "ranks": [list(layer) for layer in self.ranks], **self.beside}
 
 
 @dataclass(frozen=True)
@@ -62,30 +51,29 @@ class Budget:
 
     Attributes:
         elements: most cached elements per token that latents may take, all layers together.
-        qk_rope_head_dim, key_scales: of every layer, see `RankPlan`; already taken off.
+        beside: of every layer, see `RankPlan`; already taken off.
     """
 
     geometry: Geometry
     layout: Layout
     elements: int
-    qk_rope_head_dim: int = 0
-    key_scales: int = 0
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kv_save(self) -> float:
         """Share of the original cache that is saved when all of it is spent."""
-        spent = self.elements + self.geometry.num_layers * (self.qk_rope_head_dim + self.key_scales)
+        spent = self.elements + self.geometry.num_layers * sum(self.beside.values())
         return 1.0 - spent / self.geometry.cache_elements_per_token
 
     @property
     def num_blocks(self) -> int:
         """Latents per layer."""
-        return len(BLOCKS[self.layout])
+        return len(self.layout.blocks)
 
     @property
     def width(self) -> int:
         """Largest rank of one latent."""
-        return block_width(self.geometry, self.layout)
+        return self.layout.block_width(self.geometry)
 
     @property
     def nominal_rank(self) -> float:
@@ -100,8 +88,7 @@ def make_budget(
     rank: int | None = None,
     kv_save: float | None = None,
     cache_elements: int | None = None,
-    qk_rope_head_dim: int = 0,
-    key_scales: int = 0,
+    beside: Mapping[str, int] | None = None,
 ) -> Budget:
     """Turn one of the three ways to name a budget into cached elements per token.
 
@@ -109,7 +96,7 @@ def make_budget(
         rank: the paper's r, for K and for V; a joint latent gets 2r.
         kv_save: share of the cache to save, in [0, 1).
         cache_elements: cached elements per token, all layers together.
-        qk_rope_head_dim, key_scales: of every layer, paid for out of the budget; layout mla.
+        beside: name -> elements that every layer caches beside its latents, paid for out of the budget.
 
     Raises:
         RankError: none or several given, or out of range.
@@ -132,11 +119,13 @@ def make_budget(
     else:
         assert cache_elements is not None
         elements = cache_elements
-    rope = layers * (qk_rope_head_dim + key_scales)
-    least, most = rope + len(BLOCKS[layout]) * layers, rope + full
+    beside = beside or {}
+    spent = layers * sum(beside.values())
+    least, most = spent + len(layout.blocks) * layers, spent + full
     if not least <= elements <= most:
-        beside = f" beside a rotary key of {qk_rope_head_dim + key_scales} in each (--qk-rope-head-dim)" if rope else ""
+        extra = ", ".join(f"{name} {width}" for name, width in beside.items())
         raise RankError(
-            f"a budget of {elements} cached elements per token is outside {least}..{most} ({layers} layers, rank 1 to KV parity{beside})"
+            f"a budget of {elements} cached elements per token is outside {least}..{most} ({layers} layers, rank 1 to KV parity"
+            + (f" beside {extra} in each)" if beside else ")")
         )
-    return Budget(geometry, layout, elements - rope, qk_rope_head_dim, key_scales)
+    return Budget(geometry, layout, elements - spent, beside)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from torch import Tensor
 
-from care_mla.ranks.plan import BLOCKS
+from care_mla.layouts import get_layout
 from care_mla.report import figures
 
 
@@ -28,7 +28,7 @@ def render_report(
         metrics: of the last healing, a record a step.
     """
     plan, geometry = manifest["plan"], manifest["source"]["geometry"]
-    blocks = BLOCKS[plan["layout"]]
+    blocks = get_layout(plan["layout"]).blocks
     rope = plan.get("qk_rope_head_dim", 0)
     cached = [[*ranks, rope] if rope else ranks for ranks in plan["ranks"]]
     parity = 2 * geometry["num_kv_heads"] * geometry["head_dim"]

@@ -140,7 +140,7 @@ def attention_tensors(
     biased: bool,
     attention_scaling: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Weights of one DeepseekV3Attention by name, float64, from those of `mapping.mla.mla_tensors`.
+    """Weights of one DeepseekV3Attention by name, float64, from those of `layouts.mla.mla_tensors`.
 
     Args:
         kv_lora_rank: width to pad the latent to.

@@ -11,11 +11,7 @@ from care_mla.families import get_family
 from care_mla.families.ordinary import is_ordinary
 from care_mla.files import read_json
 from care_mla.geometry import Geometry
-from care_mla.mapping import (
-    EXPRESSES,
-    REFUSES,
-)
-from care_mla.names import Layout
+from care_mla.layouts import JOINT, MLA, Layout
 from care_mla.ranks import make_budget
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,7 +44,7 @@ class Inspection:
 
 def _no(feature: str, layout: Layout) -> str:
     """What a layout says of a feature that it cannot express."""
-    return ": ".join(["no", REFUSES[layout].get(feature, "")]).removesuffix(": ")
+    return ": ".join(["no", layout.refuses.get(feature, "")]).removesuffix(": ")
 
 
 def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -> Inspection:
@@ -67,7 +63,7 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     rows = []
     for kv_save in (0.0, *budgets):
-        elements = make_budget(geometry, "joint", kv_save=kv_save).elements
+        elements = make_budget(geometry, JOINT, kv_save=kv_save).elements
         rows.append(BudgetRow(kv_save, elements, elements / (2 * geometry.num_layers)))
     return Inspection(
         architecture=", ".join(config.get("architectures") or [family.model_type]),
@@ -79,8 +75,8 @@ def inspect(source: str | Path, budgets: Sequence[float] = (0.5, 0.75, 0.875)) -
             (
                 name,
                 how,
-                EXPRESSES["joint"].get(name) or _no(name, "joint"),
-                EXPRESSES["mla"].get(name) or _no(name, "mla"),
+                JOINT.keeps.get(name) or _no(name, JOINT),
+                MLA.keeps.get(name) or _no(name, MLA),
             )
             for name, how in family.features(config).items()
         ],

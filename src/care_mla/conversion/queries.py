@@ -15,12 +15,18 @@ of DeepSeek-V2 (arXiv 2405.04434). The metric of turned keys is ours.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_mla.conversion.evidence import Evidence, constant_scale, key_moments
+from care_mla.layouts import AttentionWeights, share
 from care_mla.linalg import Factors, PositiveMatrix, decompose, shrink, shrink_to_isotropic, truncate
-from care_mla.mapping.latent import share
+from care_mla.methods import require_inputs
+from care_mla.rope import turned_covariance
+from care_mla.stats import LayerStatistics
 
 METRIC_SHRINKAGE = 0.02
 """Of the metric of keys, toward its mean eigenvalue: it must be invertible."""
@@ -73,3 +79,43 @@ def relative_query_error(factors: Factors, W: Float[Tensor, "nq D"], input_secon
     """E||q - q'||^2 / E||q||^2, biases left out."""
     lost = W - factors.up @ (factors.encode @ W)
     return share((lost @ input_second) * lost, (W @ input_second) * W)
+
+
+@dataclass(frozen=True)
+class LowRankQueries:
+    """Factors of a layer's queries, and E||q - q'||^2 / E||q||^2 of what they lose."""
+
+    factors: Factors
+    relative_error: float
+
+
+def low_rank_queries(evidence: Evidence, layer: int) -> LowRankQueries | None:
+    """Queries at the recipe's `q_lora_rank`; None where they stay exact.
+
+    Raises:
+        CalibrationError: no input moments.
+    """
+    recipe, facts = evidence.decision.recipe, evidence.decision.facts
+    if recipe.q_lora_rank is None:
+        return None
+    weights, collected = evidence.attention(layer), evidence.outputs(layer)
+    C = require_inputs(collected, "--q-lora-rank")
+    keys = _normalized_key_moments(weights, collected)
+    turned = turned_covariance(*keys, facts.frequencies(), recipe.context)
+    metric = query_metric(turned, facts.geometry.num_heads, _norm_scale(weights, C))
+    factors = query_factors(weights.q, C, metric, recipe.q_lora_rank, shrinkage=recipe.shrinkage)
+    return LowRankQueries(factors, relative_query_error(factors, weights.q, C))
+
+
+def _normalized_key_moments(weights: AttentionWeights, collected: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """E[k k^T] and E[k] of the keys that RoPE turns; of normalized ones with the mean square of each head as its norm."""
+    scale = weights.key_scale()
+    second, mean = key_moments(weights, collected.moments)
+    return scale[:, None] * second * scale, scale * mean
+
+
+def _norm_scale(weights: AttentionWeights, C: Tensor) -> Tensor | None:
+    """What a norm after the projection multiplies each query by, with the mean square of each head as its norm."""
+    if weights.q_norm is None:
+        return None
+    return constant_scale(((weights.q @ C) * weights.q).sum(1), weights.q_norm)

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from care_mla.checkpoint import CheckpointReader, Kind, ShardedWriter, claim, copy_side_files, require_output
 from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
-from care_mla.families import FamilySpec, get_family
-from care_mla.families.entries import malformed
-from care_mla.files import write_json
-from care_mla.geometry import Geometry
-from care_mla.mapping.deepseek import (
+from care_mla.export.deepseek import (
     EMBEDDING,
     REQUIRED,
     Engine,
@@ -28,6 +24,11 @@ from care_mla.mapping.deepseek import (
     require_stock_frequencies,
     residual_scale,
 )
+from care_mla.families import FamilySpec, get_family
+from care_mla.families.entries import malformed
+from care_mla.files import write_json
+from care_mla.geometry import Geometry
+from care_mla.layouts import LAYOUTS
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.progress import Track, shown
 from care_mla.records.artifacts import EXPORT, versions
@@ -98,9 +99,11 @@ class _ExportPlan:
     ) -> _ExportPlan:
         from care_mla.modeling import complete_config, matching_rotation, skeleton
 
-        if config.get("layout") != "mla":
+        layout = LAYOUTS.get(config.get("layout", ""))
+        if layout is None or target not in layout.exports:
+            able = " or ".join(other.name for other in LAYOUTS.values() if target in other.exports)
             raise CheckpointError(
-                f"{name} is not a model of layout mla; make one with `care convert --layout mla --rope stock`"
+                f"{name} is not a model of layout {able}; make one with `care convert --layout {able} --rope stock`"
             )
         skeleton(config)  # what follows reads entries that fit each other
         config = complete_config(config)

@@ -11,27 +11,20 @@ its mean square.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_mla.conversion.evidence import Evidence, constant_scale
+from care_mla.layouts import AttentionWeights
 from care_mla.linalg import ridge_refit
-from care_mla.mapping.mla import AttentionWeights
 from care_mla.stats import CrossMoments, LayerStatistics, Moments, NormalizedStatistics
 
 NORM_RIDGE = 0.01
 """Of the regression, as a share of the inputs' mean variance."""
-
-
-def constant_scale(mean_squares: Float[Tensor, "n"], norm: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
-    """What a norm over heads multiplies each output by, were every head's mean square what it is on average.
-
-    Args:
-        mean_squares: E[y_i^2] of the stacked heads before the norm.
-        norm: its weight.
-    """
-    return (norm * mean_squares.view(-1, len(norm)).mean(1, keepdim=True).rsqrt()).flatten()
 
 
 def _affine(W: Float[Tensor, "n D"], bias: Float[Tensor, "n"] | None) -> Float[Tensor, "n D1"]:
@@ -135,3 +128,32 @@ def linearized_statistics(
         output_second=W @ weighted.input_second[:-1, :-1] @ W.T,
     )
     return LayerStatistics(moments, fisher, collected.eigenpairs)
+
+
+class LinearNormsEvidence(Evidence):
+    """Weights and statistics of the linearized layers, which are layers without QK-norm."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.normalized_gradients = True
+        self.attention = lru_cache(maxsize=1)(self._linearized)
+
+    def _linearized(self, layer: int) -> AttentionWeights:
+        constant = self.decision.recipe.centre
+        return linearized_attention(self.source.attention(layer), self.store.normalized(layer), constant=constant)
+
+    def outputs(self, layer: int, *, with_fisher: bool = False) -> LayerStatistics:
+        collected = super().outputs(layer, with_fisher=with_fisher)
+        return linearized_statistics(self.attention(layer), self.store.normalized(layer), collected)
+
+    def latent_outputs(self, layer: int, *, with_fisher: bool) -> tuple[LayerStatistics, Tensor]:
+        return self.outputs(layer, with_fisher=with_fisher), self.attention(layer).keys_and_values
+
+    def record(self, layer: int) -> dict[str, Any]:
+        """E||n(x) - A x - c||^2 / E||n(x)||^2 of linearized queries and keys, by projection."""
+        weights, normalized = self.attention(layer), self.store.normalized(layer)
+        errors = {
+            "q": linearization_error(weights.q, weights.q_bias, normalized.queries),
+            "k": linearization_error(weights.k, weights.k_bias, normalized.keys),
+        }
+        return {"norm_error": errors}

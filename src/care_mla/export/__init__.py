@@ -1,0 +1,1 @@
+"""Converted models as checkpoints of stock classes, one file a target."""
