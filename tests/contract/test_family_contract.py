@@ -45,7 +45,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 def _mla_or_skip(source: Path) -> Path:
     spec, config = _family(source)
     try:
-        require_expressible(spec, config, "mla")
+        require_expressible(spec.features(config), MLA, spec.model_type)
     except UnsupportedModelError as error:
         pytest.skip(f"{error}, see test_what_mla_cannot_express_is_refused")
     return source

@@ -114,7 +114,7 @@ def test_features_are_read_from_config_json(config: dict[str, Any], feature: str
 
 def test_specs_are_data() -> None:
     for path in Path(gemma2_module.__file__).parent.glob("*.py"):
-        if path.name not in ("__init__.py", "spec.py", "entries.py", "refusals.py"):
+        if path.name not in ("__init__.py", "spec.py", "entries.py", "ordinary.py", "refusals.py"):
             text = path.read_text()
             assert "def " not in text and "lambda" not in text, path
 

@@ -1,7 +1,7 @@
 """Directories that care writes: marked as its own, locked while they are made, appearing whole or not at all.
 
 The rule of `--overwrite`: only a directory with care's mark, of the kind that is being written and with nothing else in it, is
-replaced; never one that holds, is or lies inside an input.
+replaced; never one that holds, is or lies inside an input. One file, since marks, locks and moving aside keep this rule together.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from care_mla.cli.options import show_notes
 from care_mla.cli.terminal import console
 
 if TYPE_CHECKING:
-    from care_mla.pipeline import Inspection, RankForecast
-    from care_mla.ranks import RankPlan
+    from care_mla.pipeline import Inspection
+    from care_mla.ranks import RankForecast, RankPlan
 
 BARS = "▁▂▃▄▅▆▇█"
 CONTEXT = 32768

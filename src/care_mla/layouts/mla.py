@@ -1,5 +1,7 @@
 """Layout `mla`: a shared rotary key and one latent for the position-free keys and the values (DeepSeek's attention).
 
+One file, as every layout is.
+
 Tensors of one attention module (R latent width, P rotary pairs, d head width, n = g_h d, n_h query heads):
     kv_a_proj_with_mqa.weight [R + 2P, D]      x -> latent and rotary key (P real parts, then P imaginary parts)
     kv_a_proj_with_mqa.bias   [R + 2P]         the rotary key's share of a k bias; zero on the latent
@@ -193,7 +195,7 @@ class Mla(Layout):
     keeps = KEEPS
     refuses = REFUSES
     options = frozenset({"rope", "freq_fold", "qk_rope_head_dim", "context", "q_lora_rank", "qk_norm"})
-    attention = "care_mla.modeling.attention:MlaAttention"
+    attention = "care_mla.modeling.mla_attention:MlaAttention"
     caches_positions = False
     exports = ("deepseek-v3",)
 

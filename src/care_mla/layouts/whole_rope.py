@@ -45,7 +45,7 @@ class WholeRope(Layout):
     keeps = KEEPS
     refuses: ClassVar[Mapping[str, str]] = {}
     options = frozenset({"refit", "refit_tokens", "refit_ridge"})
-    attention = "care_mla.modeling.attention:LatentAttention"
+    attention = "care_mla.modeling.latent_attention:LatentAttention"
     caches_positions = True
 
     def acting(self, facts: SourceFacts, options: Options) -> frozenset[str]:

@@ -1,11 +1,11 @@
 """The project's own Hugging Face classes. Importing this registers them with AutoConfig and AutoModelForCausalLM."""
 
-from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.building import require_buildable, skeleton
 from care_mla.modeling.cache import CACHE_NAME, LatentCache, cache_of
 from care_mla.modeling.configuration import CareMlaConfig, converted_config, source_text_config
 from care_mla.modeling.gguf import gguf_to_directory, require_gguf
 from care_mla.modeling.inventory import Inventory, take_inventory
+from care_mla.modeling.latent_attention import LatentAttention
 from care_mla.modeling.model import LANGUAGE_MODEL, CareMlaForCausalLM, load, require_loadable, rotary_frequencies
 from care_mla.modeling.stock import complete_config, matching_rotation, stock_shapes
 from care_mla.modeling.verification import AttentionTrial, attention_trials

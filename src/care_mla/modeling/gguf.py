@@ -1,4 +1,7 @@
-"""A GGUF file once turned into an ordinary Hugging Face directory: every tensor and every entry of it, or a refusal by name."""
+"""A GGUF file once turned into an ordinary Hugging Face directory: every tensor and every entry of it, or a refusal by name.
+
+One file, since all that is known of this format is here.
+"""
 
 from __future__ import annotations
 

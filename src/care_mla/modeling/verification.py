@@ -17,9 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from care_mla.errors import UnsupportedModelError
 from care_mla.families import FamilySpec
-from care_mla.modeling.attention import LatentAttention
 from care_mla.modeling.configuration import CareMlaConfig
 from care_mla.modeling.inventory import empty_model, own_config
+from care_mla.modeling.latent_attention import LatentAttention
 
 _TRACED = "care_mla_traced"
 """Attention implementation: the family's eager one, which notes on the module what it was given."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from care_mla.pipeline.fetch import KNOWN_MODELS, fetch
     from care_mla.pipeline.heal import heal
     from care_mla.pipeline.inspect import Inspection, inspect
-    from care_mla.pipeline.plan import RankForecast, plan_ranks, plan_uniform, plot_forecasts, require_plot
+    from care_mla.pipeline.plan import plan_ranks, plan_uniform, plot_forecasts, require_plot
     from care_mla.pipeline.source import open_source
     from care_mla.pipeline.statistics import calibrate
     from care_mla.records.artifacts import EVALUATION, EXPORT, HEALING, MANIFEST, REPORT, SPECTRA, versions
@@ -36,7 +36,7 @@ on_first_use(
         "care_mla.pipeline.fetch": ("KNOWN_MODELS", "fetch"),
         "care_mla.pipeline.heal": ("heal",),
         "care_mla.pipeline.inspect": ("Inspection", "inspect"),
-        "care_mla.pipeline.plan": ("RankForecast", "plan_ranks", "plan_uniform", "plot_forecasts", "require_plot"),
+        "care_mla.pipeline.plan": ("plan_ranks", "plan_uniform", "plot_forecasts", "require_plot"),
         "care_mla.pipeline.source": ("open_source",),
         "care_mla.pipeline.statistics": ("calibrate",),
     },

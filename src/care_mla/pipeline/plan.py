@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,44 +25,10 @@ from care_mla.methods import get_method
 from care_mla.pipeline.source import open_source
 from care_mla.pipeline.statistics import open_statistics
 from care_mla.progress import Track, shown
-from care_mla.ranks import RankPlan, allocate, make_budget
+from care_mla.ranks import RankForecast, RankPlan, allocate, make_budget
 from care_mla.stats import StatisticsStore
 
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
-
-
-@dataclass(frozen=True)
-class RankForecast:
-    """What one recipe would do at one budget, known without writing a model.
-
-    Attributes:
-        recipe: as it would stand in the manifest.
-        kv_save: share of the cache that the plan saves.
-        predicted_loss_increase: nats per token, before any refit; None without Fisher statistics.
-        notes: what the user should know of the statistics.
-    """
-
-    recipe: dict[str, Any]
-    kv_save: float
-    plan: RankPlan
-    predicted_loss_increase: float | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Method, layout and allocator."""
-        return f"{self.recipe['method']}, {self.recipe['layout']}, {self.recipe['ranks']} ranks"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "recipe": self.recipe,
-            "kv_save": self.kv_save,
-            "cache_elements_per_token": self.plan.cache_elements_per_token,
-            "predicted_loss_increase": self.predicted_loss_increase,
-            "plan": self.plan.to_dict(),
-            "notes": list(self.notes),
-        }
 
 
 COMPARED_RECIPES: tuple[dict[str, str], ...] = (

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from care_mla.pipeline import RankForecast
+    from care_mla.ranks import RankForecast
 
 BLOCK_NAMES = {"k": "keys", "v": "values", "kv": "keys and values", "rope": "rotary key"}
 COLORS = {"k": "#2563eb", "v": "#ea580c", "kv": "#0f766e", "rope": "#7c3aed"}
