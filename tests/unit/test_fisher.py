@@ -99,11 +99,11 @@ def test_centring_keeps_the_mean_whatever_the_rank() -> None:
     statistics = _statistics()
     metric = METHODS["fisher"].metric(statistics, W, Weighting())
     factors = [truncate(decompose(metric.second_moment, metric.output_metric), 2)]
-    bias = torch.arange(4.0, dtype=torch.float64)
+    bias, none = torch.arange(4.0, dtype=torch.float64), torch.zeros(0, W.shape[1], dtype=W.dtype)
+    geometry = Geometry(num_layers=1, hidden_size=W.shape[1], num_heads=1, num_kv_heads=1, head_dim=4)
     for k_bias in (None, bias):
-        none = torch.zeros(0, W.shape[1], dtype=W.dtype)
         weights = AttentionWeights(none, W[:4], W[4:], none.T, k_bias=k_bias)
-        tensors = JOINT.tensors(weights, factors, LatentContent(), metric.mean, Geometry(1, W.shape[1], 1, 1, 4))
+        tensors = JOINT.tensors(weights, factors, LatentContent(), metric.mean, geometry)
         latent = factors[0].encode @ metric.mean
         keys = tensors["k_b_proj.weight"] @ latent + tensors["k_b_proj.bias"]
         values = tensors["v_b_proj.weight"] @ latent + tensors["v_b_proj.bias"]

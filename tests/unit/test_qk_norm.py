@@ -156,8 +156,11 @@ def test_statistics_without_gradients_at_the_normalized_keys(
 
 def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
     text, out = {"calibration": str(text_file), "samples": 4, "seqlen": 48}, tmp_path / "out"
-    for name, layout in (("llama", "mla"), ("qwen3", "joint")):
-        with pytest.raises(ConfigError, match="--qk-norm linear needs"):
+    for name, layout, message in (
+        ("llama", "mla", "linear needs a model with QK-norm"),
+        ("qwen3", "joint", "does not apply to --layout joint"),
+    ):
+        with pytest.raises(ConfigError, match=f"--qk-norm {message}"):
             care_mla.convert(tiny(name), out, calibration=text, kv_save=0.5, layout=layout, qk_norm="linear")
     with pytest.raises(ConfigError, match="--qk-norm 'none'"):
         care_mla.convert(tiny("qwen3"), out, calibration=text, kv_save=0.5, layout="mla", qk_norm="none")

@@ -47,7 +47,7 @@ def test_three_ways_to_name_a_budget_agree() -> None:
 )
 def test_bad_budgets(given: dict[str, float]) -> None:
     with pytest.raises(RankError):
-        make_budget(GEOMETRY, "split", **given)
+        make_budget(GEOMETRY, SPLIT, **given)
 
 
 @pytest.mark.parametrize("kv_save", [0.0, 0.1, 0.33, 0.5, 0.75, 0.9])
@@ -66,7 +66,7 @@ def test_budget_is_never_exceeded_and_nearly_spent(allocator: str, layout: str, 
 
 def test_eq_1_step_by_step() -> None:
     """Against a direct transcription of Eq. 1, one rank at a time, bounds r/2..2r, K and V apart."""
-    budget = make_budget(GEOMETRY, "split", rank=5)
+    budget = make_budget(GEOMETRY, SPLIT, rank=5)
     energies = [_energies(4, 16, seed) for seed in (0, 1)]
     expected = []
     for block in energies:

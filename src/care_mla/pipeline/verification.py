@@ -51,7 +51,7 @@ def require_true_spec(source: Source) -> None:
             converted = full_rank_tensors(known, trial.layer)
         except (KeyError, CheckpointError) as error:
             raise UnsupportedModelError(
-                f"layer {trial.layer}: the family spec of {family.model_type} does not find the projections of the attention in transformers: {error}"
+                f"layer {trial.layer}: the family spec of {family.model_type} does not find the projections and norms of the attention in transformers: {error}"
             ) from error
         difference = trial.difference(converted)
         if not difference <= TOLERANCE:
