@@ -32,9 +32,8 @@ def _kept(model: Path) -> list[dict[str, object]]:
 
 
 def test_evaluations_that_differ_are_all_kept_and_the_same_one_is_replaced(
-    model: Path, converted: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, converted: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("care_mla.pipeline.evaluation.write_report", lambda directory: None)  # once, at the end
     records = tmp_path / "records.jsonl"
     records.write_text(json.dumps({"text": "some words " * 40, "other": "1 2 3 4 " * 40}), encoding="utf-8")
     ways = [
@@ -60,10 +59,7 @@ def test_evaluations_that_differ_are_all_kept_and_the_same_one_is_replaced(
     )  # the card is of the one with a reference
 
 
-def test_an_evaluation_of_an_earlier_version_is_replaced_by_the_same_one(
-    model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("care_mla.pipeline.evaluation.write_report", lambda directory: None)
+def test_an_evaluation_of_an_earlier_version_is_replaced_by_the_same_one(model: Path, text_file: Path) -> None:
     care_mla.evaluate(model, str(text_file), **SHORT)
     (old,) = _kept(model)
     for key in ("field", "reference", "dtype", "device"):
@@ -80,7 +76,12 @@ def test_the_command_says_what_it_ran_in(care: Callable[..., str], model: Path, 
 
 @pytest.mark.parametrize("place", ["the hub's cache", "a link into it", "a folder that cannot be written"])
 def test_results_are_shown_and_not_kept(
-    place: str, care: Callable[..., str], model: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    care: Callable[..., str],
+    model: Path,
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     where = model
     if place == "a folder that cannot be written":

@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tiny import TINY
 
 from care_mla.checkpoint import locked
+from care_mla.files import write_json
 
 CARE = [sys.executable, "-c", "from care_mla.cli import main; main()"]
 TIMEOUT = 300
@@ -128,11 +130,12 @@ class Interrupt:
         if name == WHERE:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
-sys.argv = ["care", "inspect", "x"]
+sys.argv = ["care", "inspect", sys.argv[1]]
 main()
 """
+    write_json(tmp_path / "config.json", TINY["gemma2"])  # not ordinary: transformers is asked
     for where in ("typer", "torch", "transformers", "care_mla.pipeline"):
-        run = [sys.executable, "-c", code.replace("WHERE", repr(where))]
+        run = [sys.executable, "-c", code.replace("WHERE", repr(where)), str(tmp_path)]
         done = subprocess.run(run, capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 130 and done.stderr.startswith("interrupted"), (where, done.stderr)
         assert "Traceback" not in done.stderr

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from care_mla.conversion.decide import Decision
+from care_mla.config import Recipe
+from care_mla.conversion.decide import Decision, statistics_needed
 from care_mla.conversion.source import Source
 from care_mla.files import write_tensors
 from care_mla.layouts import AttentionWeights
+from care_mla.methods import require_inputs
 from care_mla.stats import FisherMoments, LayerStatistics, Moments, StatisticsStore
 
 
@@ -108,3 +110,29 @@ def constant_scale(mean_squares: Tensor, norm: Tensor) -> Tensor:
         norm: [d], its weight.
     """
     return (norm * mean_squares.view(-1, len(norm)).mean(1, keepdim=True).rsqrt()).flatten()
+
+
+def open_statistics(source: Source, directory: str | Path) -> StatisticsStore:
+    """The statistics of a STATS directory.
+
+    Raises:
+        CalibrationError: not statistics, or of another model.
+    """
+    statistics = StatisticsStore(Path(directory))
+    statistics.require_source(source.reader.fingerprint, source.name)
+    return statistics
+
+
+def require_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:
+    """Refuse statistics without what a recipe asks of them, before anything is computed.
+
+    Raises:
+        CalibrationError
+    """
+    needed = statistics_needed(recipe)
+    if needed["normalized"]:
+        statistics.normalized(0)
+        if needed["fisher"]:
+            statistics.normalized_fisher(0)
+    elif recipe.q_lora_rank is not None:
+        require_inputs(LayerStatistics(statistics.layer(0)), "--q-lora-rank")

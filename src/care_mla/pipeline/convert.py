@@ -13,7 +13,7 @@ from care_mla.checkpoint import Kind, claim, require_output
 from care_mla.config import CalibrationSettings, Recipe
 from care_mla.conversion.compare import best_candidate
 from care_mla.conversion.decide import Decision, decide, statistics_needed
-from care_mla.conversion.evidence import SharedEigenpairs
+from care_mla.conversion.evidence import SharedEigenpairs, open_statistics, require_statistics
 from care_mla.conversion.layer import converted_layer, predicted_total
 from care_mla.conversion.source import Source
 from care_mla.conversion.spectra import Spectra
@@ -21,10 +21,10 @@ from care_mla.conversion.writer import ConvertedWriter
 from care_mla.errors import ConfigError
 from care_mla.files import vanishing, write_json, write_tensors, writing
 from care_mla.layouts import dense_projections
-from care_mla.pipeline.evaluation import draw_report
+from care_mla.pipeline.calibrate import write_statistics
 from care_mla.pipeline.inputs import inputs_of
+from care_mla.pipeline.report import draw_report
 from care_mla.pipeline.source import open_source
-from care_mla.pipeline.statistics import open_statistics, require_statistics, write_statistics
 from care_mla.pipeline.verification import require_same_weights, require_true_spec
 from care_mla.progress import Track, shown
 from care_mla.ranks import RankPlan

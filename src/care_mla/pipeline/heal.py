@@ -12,8 +12,8 @@ from care_mla.checkpoint import Kind, claim, require_output
 from care_mla.checkpoint.outputs import Claim
 from care_mla.config import HealSettings
 from care_mla.healing.unfinished import Start, UnfinishedRun
-from care_mla.pipeline.evaluation import draw_report, saved_evaluations
 from care_mla.pipeline.inputs import inputs_of
+from care_mla.pipeline.report import draw_report, saved_evaluations
 from care_mla.progress import MeterFactory, Track, silent
 from care_mla.records.artifacts import MANIFEST
 

@@ -13,7 +13,7 @@ from care_mla.checkpoint import resolve_source, scratch
 from care_mla.config import Recipe
 from care_mla.conversion.compare import best_candidate
 from care_mla.conversion.decide import Decision, decide
-from care_mla.conversion.evidence import SharedEigenpairs
+from care_mla.conversion.evidence import SharedEigenpairs, open_statistics
 from care_mla.conversion.layer import layer_records, predicted_total
 from care_mla.conversion.source import Source
 from care_mla.conversion.spectra import Spectra
@@ -23,7 +23,6 @@ from care_mla.files import read_json, require_own_file, write_bytes
 from care_mla.layouts import get_layout, require_expressible
 from care_mla.methods import get_method
 from care_mla.pipeline.source import open_source
-from care_mla.pipeline.statistics import open_statistics
 from care_mla.progress import Track, shown
 from care_mla.ranks import RankForecast, RankPlan, allocate, make_budget
 from care_mla.stats import StatisticsStore

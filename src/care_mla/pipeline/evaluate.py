@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from care_mla.checkpoint import locked, resolve_source
-from care_mla.errors import CheckpointError, ConfigError
-from care_mla.files import read_json, write_json, write_text
+from care_mla.errors import ConfigError
+from care_mla.files import read_json, write_json
+from care_mla.pipeline.report import draw_report, saved_evaluations
 from care_mla.progress import Track, shown
-from care_mla.records.artifacts import EVALUATION, MANIFEST, METRICS, REPORT, SPECTRA
+from care_mla.records.artifacts import EVALUATION, MANIFEST
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
 
 IDENTITY = ("text", "field", "seqlen", "windows", "reference", "dtype", "device")
@@ -135,55 +133,3 @@ def _vocabulary(config: dict[str, Any]) -> Any:
     """vocab_size of a config.json, of its text model if there are several; None where it leaves that to the class."""
     text = config.get("text_config")
     return (text if isinstance(text, dict) else config).get("vocab_size")
-
-
-def saved_evaluations(directory: Path) -> list[dict[str, Any]]:
-    """What `evaluate` has kept beside the manifest, possibly nothing.
-
-    Raises:
-        CheckpointError: damaged.
-    """
-    path = directory / EVALUATION
-    if not path.is_file():
-        return []
-    evaluations = read_json(path).get("evaluations")
-    needed = {"text", "seqlen", "windows", "perplexity", "loss", "cache", "reference_loss", "reference_cache"}
-    if not isinstance(evaluations, list) or any(not isinstance(e, dict) or needed - e.keys() for e in evaluations):
-        raise CheckpointError(f"{path} holds no list of evaluations; delete it, and evaluate again what it held")
-    return evaluations
-
-
-def write_report(directory: str | Path) -> Path:
-    """The self-contained HTML report of a converted model, from its saved artifacts alone.
-
-    Raises:
-        CheckpointError: not a converted model, or its artifacts are damaged.
-    """
-    directory = Path(directory)
-    if not (directory / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{directory} has no {MANIFEST}; a report is made of a directory that `care convert` wrote"
-        )
-    with locked(directory):
-        draw_report(directory)
-    return directory / REPORT
-
-
-def draw_report(directory: Path) -> None:
-    """As `write_report`, in a directory that this process holds."""
-    from care_mla.report import render_report
-
-    metrics = directory / METRICS
-    try:
-        energies = load_file(directory / SPECTRA)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{directory / SPECTRA} cannot be read ({str(error).strip().splitlines()[0]}); the report needs it: convert again"
-        ) from error
-    html = render_report(
-        read_json(directory / MANIFEST),
-        energies,
-        saved_evaluations(directory),
-        [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else None,
-    )
-    write_text(directory / REPORT, html)

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 
 from care_mla.checkpoint import Kind, claim, require_output
-from care_mla.config import CalibrationSettings, Recipe
-from care_mla.conversion.decide import statistics_needed
+from care_mla.config import CalibrationSettings
 from care_mla.conversion.source import Source
 from care_mla.errors import ConfigError
 from care_mla.layouts import MLA, lost_features
-from care_mla.methods import require_inputs
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.source import open_source
 from care_mla.pipeline.verification import require_runs, require_same_weights, require_true_spec
 from care_mla.progress import Track, shown
 from care_mla.records.artifacts import versions
 from care_mla.runtime import dtype_name, memory_named, resolve_device, resolve_dtype
-from care_mla.stats import LayerStatistics, StatisticsStore, StatisticsWriter
+from care_mla.stats import StatisticsWriter
 
 
 def calibrate(
@@ -144,24 +142,3 @@ def write_statistics(
             "versions": versions(),
         }
     )
-
-
-def open_statistics(source: Source, directory: str | Path) -> StatisticsStore:
-    statistics = StatisticsStore(Path(directory))
-    statistics.require_source(source.reader.fingerprint, source.name)
-    return statistics
-
-
-def require_statistics(statistics: StatisticsStore, recipe: Recipe) -> None:
-    """Refuse statistics without what a recipe asks of them, before anything is computed.
-
-    Raises:
-        CalibrationError
-    """
-    needed = statistics_needed(recipe)
-    if needed["normalized"]:
-        statistics.normalized(0)
-        if needed["fisher"]:
-            statistics.normalized_fisher(0)
-    elif recipe.q_lora_rank is not None:
-        require_inputs(LayerStatistics(statistics.layer(0)), "--q-lora-rank")
