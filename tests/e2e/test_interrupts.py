@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tiny import TINY
+from tiny import COMMON, TINY
 
 from care_mla.checkpoint import locked
 from care_mla.files import write_json
@@ -133,7 +133,7 @@ sys.meta_path.insert(0, Interrupt())
 sys.argv = ["care", "inspect", sys.argv[1]]
 main()
 """
-    write_json(tmp_path / "config.json", TINY["gemma2"])  # not ordinary: transformers is asked
+    write_json(tmp_path / "config.json", {**COMMON, **TINY["gemma2"]})  # not ordinary: transformers is asked
     for where in ("typer", "torch", "transformers", "care_mla.pipeline"):
         run = [sys.executable, "-c", code.replace("WHERE", repr(where)), str(tmp_path)]
         done = subprocess.run(run, capture_output=True, text=True, timeout=TIMEOUT)
