@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from care_mla.export.deepseek import EXPRESSES as EXPORTED
+from care_mla.export.engines import EXPRESSES as EXPORTED
 from care_mla.families import BUILT_IN, FamilySpec
 from care_mla.layouts import JOINT, LAYOUTS, MLA, Layout, lost_features
 

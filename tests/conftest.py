@@ -22,6 +22,10 @@ with _hook:
     import care_mla.ranks
     import care_mla.stats
 
+    for package in (care_mla.layouts, care_mla.ranks):  # whose names are imported when they are first used
+        for name in package.__all__:
+            getattr(package, name)
+
 import pytest
 import torch
 import transformers

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from care_mla import cli, methods, names, ranks
 from care_mla.config import CalibrationSettings, EvaluationSettings, ExportSettings, HealSettings, Recipe, TextSettings
-from care_mla.export.deepseek import Engine
+from care_mla.export.engines import Engine
 
 Care = Callable[..., str]
 COMMANDS = ("calibrate", "convert", "evaluate", "export", "fetch", "heal", "inspect", "plan", "report")
@@ -99,19 +99,37 @@ def test_each_command_says_the_next_one(care: Care, tiny: Callable[..., Path], t
     assert f"next: care evaluate {out} --reference {source}" in converted
 
 
+def _heavy_after(*arguments: object) -> str:
+    """Heavy libraries that a command has imported."""
+    code = "import sys; from care_mla.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("command", ["--help", "--version", "convert --help"])
 def test_help_imports_nothing_heavy(command: str) -> None:
-    code = "import sys; from care_mla.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    printed = subprocess.run(
-        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert printed.splitlines()[-1] == "[]"
+    assert _heavy_after(*command.split()) == "[]"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="counts CPU seconds as POSIX does")
-def test_help_takes_less_than_two_cpu_seconds() -> None:
+def test_an_ordinary_config_is_inspected_without_heavy_libraries(tiny: Callable[..., Path]) -> None:
+    assert _heavy_after("inspect", tiny()) == "[]"
+
+
+def _cpu_seconds(*arguments: object) -> float:
     import resource
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    subprocess.run([sys.executable, "-m", "care_mla.cli", "--help"], capture_output=True, timeout=120, check=True)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
+    command = [sys.executable, "-m", "care_mla.cli", *map(str, arguments)]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts CPU seconds as POSIX does")
+def test_help_and_inspect_take_less_than_two_cpu_seconds(tiny: Callable[..., Path]) -> None:
+    assert _cpu_seconds("--help") < 2
+    assert _cpu_seconds("inspect", tiny()) < 2
+
+
+def test_inspect_says_what_each_engine_can_run(care: Care, tiny: Callable[..., Path]) -> None:
+    printed = " ".join(care("inspect", tiny(), "--batch", 4).split())
+    assert "GiB for a batch of 4" in printed and "vLLM, its own model" in printed

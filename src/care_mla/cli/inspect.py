@@ -21,11 +21,14 @@ def inspect(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Shares of the cache to save.", metavar="SHARES")
     ] = "0.5,0.75,0.875",
+    batch: Annotated[
+        int, typer.Option("--batch", help="Sequences that the cache in GiB holds.", metavar="N", min=1)
+    ] = 1,
     revision: options.Revision = None,
 ) -> None:
-    """Architecture, cache now and at the given budgets, and what a conversion must keep. Reads config.json alone."""
+    """Architecture, cache now and at the given budgets, what a conversion must keep, and what each engine can run. Reads config.json alone."""
     from care_mla.checkpoint import at_revision
 
     source = at_revision(source, revision)
-    show_inspection(care_mla.inspect(source, options.numbers(budgets, "--budgets")), source)
+    show_inspection(care_mla.inspect(source, options.numbers(budgets, "--budgets"), batch=batch), source)
     options.show_next(f"care convert {quoted(source)} --kv-save 0.5 --out OUT")

@@ -14,6 +14,7 @@ from care_mla.cli.options import show_notes
 from care_mla.cli.terminal import console
 
 if TYPE_CHECKING:
+    from care_mla.export.engines import EngineVerdict
     from care_mla.pipeline import Inspection
     from care_mla.ranks import RankForecast, RankPlan
 
@@ -224,18 +225,16 @@ def show_inspection(facts: Inspection, source: str) -> None:
     terminal = console()
     terminal.print(table)
 
-    cache = Table(title=f"KV cache per token ({facts.dtype})")
-    for column in ("saved", "elements", "bytes", "--rank", "joint latent"):
-        cache.add_column(column, justify="right")
+    cache = Table(title=f"KV cache ({facts.dtype}), GiB for a batch of {facts.batch}", title_justify="left")
+    lengths = list(facts.budgets[0].cache_gib)
+    for column in ("saved", "elements a token", "--rank", *(f"{tokens // 1024}k" for tokens in lengths)):
+        cache.add_column(column, justify="right", no_wrap=True)
     for row in facts.budgets:
-        cache.add_row(
-            f"{100 * row.kv_save:.1f}%",
-            str(row.elements),
-            str(row.elements * facts.element_bytes),
-            f"{row.rank:g}",
-            f"{2 * row.rank:g}",
-        )
+        sizes = [f"{row.cache_gib[tokens]:.3g}" for tokens in lengths]
+        cache.add_row(f"{100 * row.kv_save:.1f}%", str(row.elements), f"{row.rank:g}", *sizes)
     terminal.print(cache)
+    if any(feature == "sliding window" for feature, *_ in facts.features):
+        show_notes(["layers with a window cache no more than it, so what is cached at long lengths is less than this"])
 
     kept = Table(title="Features a conversion must keep")
     for column in ("feature", "in this model", "layouts split, joint", "layout mla"):
@@ -243,3 +242,17 @@ def show_inspection(facts: Inspection, source: str) -> None:
     for feature in facts.features:
         kept.add_row(*feature)
     terminal.print(kept if facts.features else "No feature beyond plain attention with RoPE; all layouts express it.")
+    terminal.print(_engine_table(facts.engines))
+
+
+def _engine_table(verdicts: Sequence[EngineVerdict]) -> Table:
+    """Which engine can run a conversion, how much it can save there, and what that takes or what stands against it."""
+    table = Table(title="Engines", title_justify="left")
+    for column in ("engine", "runs it", "can save", "with, or why not"):
+        table.add_column(column)
+    for one in verdicts:
+        savings = "any share" if one.savings is None else " or ".join(f"{100 * share:.1f}%" for share in one.savings)
+        how = "; ".join(one.reasons) or " ".join(one.needs) or "any layout"
+        how += f" ({one.tried})" if one.able else ""
+        table.add_row(one.title, "yes" if one.able else "no", savings if one.able else "", how)
+    return table

@@ -15,26 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from care_mla.errors import ConfigError, RankError, UnsupportedModelError
-
-Engine = Literal["transformers", "vllm"]
-
-EXPRESSES: dict[Engine, dict[str, str]] = {
-    "transformers": {
-        "qkv bias": "attention_bias, queries through q_a_proj with a constant input of one",
-        "RoPE scaling": "default, linear and llama3 as they are, yarn where all frequencies are kept",
-        "tied embeddings": "lm_head written out",
-    },
-    "vllm": {"tied embeddings": "lm_head written out"},
-}
-"""By engine: features of a source (`FamilySpec.features`) that survive. vLLM's own model drops biases and turns every RoPE
-scaling into a variant of YaRN."""
+from care_mla.export.engines import EXPRESSES, VLLM_WIDTHS, Engine
 
 EMBEDDING = "model.embed_tokens.weight"
 REQUIRED = ("kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight")
@@ -52,8 +40,6 @@ SHRUNK = 2.0**-40
 NORM_WEIGHT = 2.0**30
 NORM_GAIN = SHRUNK * NORM_WEIGHT / math.sqrt(NORM_EPS)
 """What shrunk rows, norm and norm weight amount to; the following projection is divided by it."""
-VLLM_WIDTHS = (320, 512, 576)
-"""latent + rotary key that vLLM's MLA accepts."""
 
 
 def residual_scale(eps: float) -> float:

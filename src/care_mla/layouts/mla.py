@@ -37,6 +37,7 @@ from care_mla.errors import ConfigError, RankError
 from care_mla.families.entries import malformed
 from care_mla.geometry import Geometry
 from care_mla.layouts.base import AttentionWeights, LatentContent, Layout, Options, SourceFacts
+from care_mla.layouts.features import MLA_KEEPS, MLA_REFUSES
 from care_mla.linalg import Factors
 from care_mla.methods import Metric
 from care_mla.rope import (
@@ -49,29 +50,6 @@ from care_mla.rope import (
     select,
 )
 from care_mla.stats import LayerStatistics
-
-KEEPS: dict[str, str] = {
-    "qkv bias": "the rotary key keeps its bias, softmax is blind to that of the position-free keys, the values' joins o_proj",
-    "fused qkv": "q, k and v are read from their rows",
-    "attention scale": "the attention module's own",
-    "sliding window": "same masks; windowed layers cache a window",
-    "RoPE scaling": "the rotary key is turned by the model's own rotary module",
-    "tied embeddings": "unchanged",
-    "QK-norm": "one scale a kv head is cached and multiplies scores; or linearized, approximately (`--qk-norm linear`)",
-}
-
-REFUSES: dict[str, str] = {
-    "QK-norm over the projection": "the cached scales are those of heads; a norm over all of them is not built",
-    "soft-cap": "constants of the position-free keys are left to softmax, which is not blind to them once scores are capped",
-    "attention sinks": "constants of the values move into o_proj's bias, and beside a sink the attention weights do not sum to one",
-    "length-dependent RoPE": "it changes the frequencies with the length, so no rotary pair can be chosen",
-    "partial RoPE": "rotary pairs are chosen among those of the whole head",
-    "interleaved RoPE": "rotary pairs are read across the halves of a head",
-    "RoPE by layer type": "rotary pairs are chosen by one set of frequencies",
-    "layers without RoPE": "their shared key would be turned",
-}
-"""Features that this layout cannot keep -> why."""
-
 
 ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
 """Widths of the rotary key that are compared where none is given."""
@@ -192,8 +170,8 @@ class Mla(Layout):
 
     name = "mla"
     blocks = ("kv",)
-    keeps = KEEPS
-    refuses = REFUSES
+    keeps = MLA_KEEPS
+    refuses = MLA_REFUSES
     options = frozenset({"rope", "freq_fold", "qk_rope_head_dim", "context", "q_lora_rank", "qk_norm"})
     attention = "care_mla.modeling.mla_attention:MlaAttention"
     caches_positions = False

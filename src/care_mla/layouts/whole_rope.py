@@ -17,32 +17,15 @@ from torch import Tensor
 
 from care_mla.geometry import Geometry
 from care_mla.layouts.base import AttentionWeights, DenseProjections, LatentContent, Layout, Options, SourceFacts
+from care_mla.layouts.features import WHOLE_ROPE_KEEPS
 from care_mla.layouts.losses import reconstruction_error
 from care_mla.linalg import Factors
-
-KEEPS: dict[str, str] = {
-    "qkv bias": "k and v biases are added to the rebuilt keys and values",
-    "fused qkv": "the rows of q become q_proj",
-    "QK-norm": "keys are rebuilt, then normalized",
-    "QK-norm over the projection": "keys are rebuilt, then normalized",
-    "attention scale": "the attention module's own",
-    "soft-cap": "scores are capped by the source's attention function",
-    "attention sinks": "same logits in the source's attention function",
-    "sliding window": "same masks; windowed layers cache a window of latents",
-    "RoPE scaling": "keys are rotated by the model's own rotary module",
-    "length-dependent RoPE": "cosines and sines are cached too: keys stay turned as they were when they came in",
-    "partial RoPE": "keys are rebuilt whole, then rotated in part",
-    "interleaved RoPE": "keys are rotated by the family's own function",
-    "RoPE by layer type": "keys are rotated by their layer's frequencies",
-    "layers without RoPE": "keys are not rotated there",
-    "tied embeddings": "unchanged",
-}
 
 
 class WholeRope(Layout):
     """A layout whose keys are rebuilt whole: every feature of a source is kept, and output projections can be refitted."""
 
-    keeps = KEEPS
+    keeps = WHOLE_ROPE_KEEPS
     refuses: ClassVar[Mapping[str, str]] = {}
     options = frozenset({"refit", "refit_tokens", "refit_ridge"})
     attention = "care_mla.modeling.latent_attention:LatentAttention"

@@ -14,7 +14,6 @@ from care_mla.errors import CheckpointError, ConfigError, UnsupportedModelError
 from care_mla.export.deepseek import (
     EMBEDDING,
     REQUIRED,
-    Engine,
     attention_tensors,
     converted_features,
     deepseek_config,
@@ -24,6 +23,7 @@ from care_mla.export.deepseek import (
     require_stock_frequencies,
     residual_scale,
 )
+from care_mla.export.engines import Engine
 from care_mla.families import FamilySpec, get_family
 from care_mla.families.entries import malformed
 from care_mla.files import write_json

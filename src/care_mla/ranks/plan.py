@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from care_mla.errors import RankError
 from care_mla.geometry import Geometry
 from care_mla.layouts.base import Layout
+from care_mla.ranks.budget import budget_elements
 
 
 @dataclass(frozen=True)
@@ -101,31 +100,13 @@ def make_budget(
     Raises:
         RankError: none or several given, or out of range.
     """
-    full, layers = geometry.cache_elements_per_token, geometry.num_layers
-    given = {"rank": rank, "kv_save": kv_save, "cache_elements": cache_elements}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise RankError(f"give exactly one of --rank, --kv-save, --cache-elements (got {', '.join(named) or 'none'})")
-    if rank is not None:
-        if not 1 <= rank <= geometry.kv_width:
-            raise RankError(
-                f"--rank {rank} is outside 1..{geometry.kv_width} (KV parity: num_kv_heads x head_dim = {geometry.kv_width})"
-            )
-        elements = 2 * rank * layers
-    elif kv_save is not None:
-        if not (math.isfinite(kv_save) and 0.0 <= kv_save < 1.0):
-            raise RankError(f"--kv-save {kv_save} is outside [0, 1); 0.5 halves the cache")
-        elements = math.floor(full * (1.0 - kv_save) + 1e-6)
-    else:
-        assert cache_elements is not None
-        elements = cache_elements
+    elements = budget_elements(
+        geometry,
+        num_blocks=len(layout.blocks),
+        rank=rank,
+        kv_save=kv_save,
+        cache_elements=cache_elements,
+        beside=beside,
+    )
     beside = beside or {}
-    spent = layers * sum(beside.values())
-    least, most = spent + len(layout.blocks) * layers, spent + full
-    if not least <= elements <= most:
-        extra = ", ".join(f"{name} {width}" for name, width in beside.items())
-        raise RankError(
-            f"a budget of {elements} cached elements per token is outside {least}..{most} ({layers} layers, rank 1 to KV parity"
-            + (f" beside {extra} in each)" if beside else ")")
-        )
-    return Budget(geometry, layout, elements - spent, beside)
+    return Budget(geometry, layout, elements - geometry.num_layers * sum(beside.values()), beside)
