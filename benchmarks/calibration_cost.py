@@ -18,7 +18,7 @@ import torch
 from rich import print as show
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments
+from care_mla.calibration import Collected, collect_fisher, collect_moments
 from care_mla.cli import quiet_libraries
 from care_mla.pipeline import open_source, versions, write_json
 from care_mla.text import load_tokenizer, make_windows
@@ -47,7 +47,7 @@ def main() -> None:
             model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
 
     def calibrate() -> None:
-        collect_moments(model, source.family, windows)
+        collect_moments(model, source.family, windows, Collected())
 
     seconds: dict[str, list[float]] = {"bare": [], "calibrate": []}
     peaks = {"loaded": _peak_gigabytes()}
@@ -58,7 +58,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
             peaks[name] = _peak_gigabytes()
     start = time.perf_counter()
-    collect_fisher(model, source.family, windows)
+    collect_fisher(model, source.family, windows, Collected())
     seconds["fisher"] = [time.perf_counter() - start]
     peaks["fisher"] = _peak_gigabytes()
     ratio = statistics.median(c / b for b, c in zip(seconds["bare"], seconds["calibrate"], strict=True))

@@ -382,7 +382,7 @@ def test_impossible_query_ranks(shelf: Shelf, tmp_path: Path, text_file: Path) -
     for rank, layout, message in (
         (0, "mla", "--q-lora-rank 0"),
         (49, "mla", "outside 1..48"),
-        (8, "joint", "needs --layout mla"),
+        (8, "joint", "--q-lora-rank does not apply to --layout joint"),
     ):
         with pytest.raises((ConfigError, RankError), match=message):
             care_mla.convert(source, out, stats=shelf.statistics("llama"), kv_save=0.5, layout=layout, q_lora_rank=rank)

@@ -427,6 +427,21 @@ def test_interrupt_keeps_the_state(converted: Converted, settings: dict[str, Any
     assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
 
 
+def test_a_signal_while_saving_waits_for_the_state(heal: Heal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised inside torch's writer it aborted the process, now and then."""
+    save, whole = state.dcp.save, []
+
+    def interrupted(*values: Any, checkpoint_id: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*values, checkpoint_id=checkpoint_id)
+        whole.append((checkpoint_id / ".metadata").is_file())
+
+    monkeypatch.setattr(state.dcp, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        heal()
+    assert whole == [True]
+
+
 @pytest.mark.parametrize(
     ("error", "cause", "raised", "message"),
     [

@@ -11,8 +11,8 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments
-from care_mla.calibration.collect import _draw, _sampled_gradient
+from care_mla.calibration import Collected, collect_fisher, collect_moments
+from care_mla.calibration.labels import draw_labels, label_variates, sampled_gradient
 from care_mla.errors import CalibrationError, ConfigError, NumericalError
 from care_mla.families import get_family
 from care_mla.geometry import Geometry
@@ -39,7 +39,7 @@ G = torch.randn(60, 8, generator=torch.Generator().manual_seed(3), dtype=torch.f
 def _statistics(rows: slice = slice(None), weights: torch.Tensor | None = None) -> LayerStatistics:
     moments, fisher = Moments.zeros(8, 12), FisherMoments.zeros(8)
     moments.update(X[rows], Y[rows], weights)
-    fisher.update(Y[rows], G[rows], moments.second_moment, weights)
+    fisher.update(Y[rows], G[rows], FisherMoments.leverage_metric(moments.second_moment), weights)
     return LayerStatistics(moments, fisher)
 
 
@@ -56,7 +56,7 @@ def test_statistics_equal_their_definition() -> None:
 
 def test_batches_add_and_merge() -> None:
     whole, first, second = FisherMoments.zeros(8), FisherMoments.zeros(8), FisherMoments.zeros(8)
-    M = Y.T @ Y / 60
+    M = FisherMoments.leverage_metric(Y.T @ Y / 60)
     whole.update(Y, G, M)
     first.update(Y[:20], G[:20], M)
     second.update(Y[20:], G[20:], M)
@@ -69,7 +69,7 @@ def test_batches_add_and_merge() -> None:
 )
 def test_useless_gradients_are_refused(bad: float, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        FisherMoments.zeros(8).update(Y, torch.full_like(G, bad), Y.T @ Y / 60)
+        FisherMoments.zeros(8).update(Y, torch.full_like(G, bad), torch.eye(8, dtype=torch.float64))
 
 
 def test_a_direction_without_gradient_is_dropped_first() -> None:
@@ -79,7 +79,7 @@ def test_a_direction_without_gradient_is_dropped_first() -> None:
     g[:, 0] = 0
     moments, fisher = Moments.zeros(8, 12), FisherMoments.zeros(8)
     moments.update(X, y)
-    fisher.update(y, g, moments.second_moment)
+    fisher.update(y, g, FisherMoments.leverage_metric(moments.second_moment))
     kept = {}
     for name in ("care", "fisher"):
         metric = METHODS[name].metric(LayerStatistics(moments, fisher), 1e-3 * W, Weighting(1e-6, 1.0, 1e-8))
@@ -152,17 +152,17 @@ def test_energy_allocation_is_optimal(layout: str, multiple: int) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_collected_gradients_equal_autograd(name: str, padded: bool, tmp_path: Path) -> None:
-    """Layer checkpointing, hooks and masks change nothing: against a plain backward pass without any of them."""
-    model, tokenizer = tiny_model(name), byte_tokenizer()
+    """Two sweeps, layers run again, hooks and masks change nothing: against a plain backward pass without any of them."""
+    model, tokenizer = tiny_model(name).double(), byte_tokenizer()
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i * padded)} words and more"}}' for i in range(4)))
     windows = make_windows(str(path), tokenizer, samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
-    moments, fisher = collect_fisher(model, family, windows, seed=7, batch_size=4)
-    plain = collect_moments(model, family, windows, batch_size=4)
-    assert (
-        not model.training and all(p.requires_grad for p in model.parameters()) and not model.is_gradient_checkpointing
-    )
+    found, forward_only = Collected(), Collected()
+    collect_fisher(model, family, windows, found, seed=7, batch_size=4)
+    collect_moments(model, family, windows, forward_only, batch_size=4)
+    moments, fisher, plain = found.moments, found.fisher, forward_only.moments
+    assert not model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
 
     outputs = {}
     handles = []
@@ -176,17 +176,36 @@ def test_collected_gradients_equal_autograd(name: str, padded: bool, tmp_path: P
     (batch,) = windows.batches(4)
     counted = batch.attention_mask.bool()
     logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logits.backward(_sampled_gradient(logits, counted, torch.Generator().manual_seed(7)))
+    logits.backward(sampled_gradient(logits, counted, label_variates(4, 20, seed=7)))
     for handle in handles:
         handle.remove()
     y = torch.cat([o.detach() - (0 if b is None else b.detach()) for o, b in outputs.values()], -1)[counted]
     g = torch.cat([o.grad for o, _ in outputs.values()], -1)[counted]
     expected = FisherMoments.zeros(y.shape[1])
-    expected.update(y, g, plain[1].second_moment)
+    expected.update(y, g, FisherMoments.leverage_metric(plain[1].second_moment))
     for key, tensor in expected.to_tensors().items():
-        torch.testing.assert_close(fisher[1].to_tensors()[key], tensor, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(fisher[1].to_tensors()[key], tensor, rtol=1e-6, atol=1e-9)
     for key, tensor in plain[1].to_tensors().items():
-        torch.testing.assert_close(moments[1].to_tensors()[key], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(moments[1].to_tensors()[key], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_statistics_do_not_depend_on_batches(name: str, text_file: Path) -> None:
+    """Gradients weighed by moments that were still growing moved G of the first layer by 8 to 37%; labels hung on the batch, too."""
+    model, family = tiny_model(name).double(), get_family(tiny_model(name).config.to_dict())
+    windows = make_windows(str(text_file), byte_tokenizer(), samples=8, seqlen=24, seed=0)
+    found = {}
+    for batch_size in (1, 3, 8):
+        found[batch_size] = Collected()
+        norms = {"normalized": True} if name == "qwen3" else {}
+        collect_fisher(model, family, windows, found[batch_size], batch_size=batch_size, **norms)
+    for other in (found[1], found[3]):
+        for kind in ("moments", "fisher", "normalized_fisher", "normalized"):
+            sums, expected = getattr(other, kind), getattr(found[8], kind)
+            assert sums.keys() == expected.keys() and (sums or "normalized" in kind)
+            for layer in sums:
+                for key, tensor in expected[layer].to_tensors().items():
+                    torch.testing.assert_close(sums[layer].to_tensors()[key], tensor, rtol=1e-6, atol=1e-9)
 
 
 def test_pipeline_refuses_what_does_not_fit(tiny: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
@@ -206,7 +225,7 @@ def test_sampled_gradient_is_that_of_cross_entropy() -> None:
     logits = (2 * torch.randn(2, 500, 6, generator=generator)).requires_grad_()
     counted = torch.ones(2, 500, dtype=torch.long)
     counted[1, 300:] = 0
-    gradient = _sampled_gradient(logits, counted, generator)
+    gradient = sampled_gradient(logits, counted, label_variates(2, 500, seed=3))
     labels = gradient.argmin(-1)[counted.bool()]
     torch.nn.functional.cross_entropy(logits[counted.bool()], labels, reduction="sum").backward()
     torch.testing.assert_close(gradient, logits.grad)
@@ -224,7 +243,7 @@ def test_predicted_loss_increase_is_the_quadratic_form(layout: str, centred: boo
     g = torch.randn(40000, 8, generator=generator, dtype=torch.float64) @ mix.T.flip(0) * 0.1
     moments, fisher = Moments.zeros(8, 8), FisherMoments.zeros(8)
     moments.update(y, y)
-    fisher.update(y, g, moments.second_moment)
+    fisher.update(y, g, FisherMoments.leverage_metric(moments.second_moment))
     blocks = get_layout(layout).rows(4)
     factors = [truncate(decompose(moments.second_moment[rows, rows]), 3) for rows in blocks]
     mean = moments.mean if centred else None
@@ -254,7 +273,7 @@ def test_dead_layer_is_named(text_file: Path) -> None:
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     windows = make_windows(str(text_file), byte_tokenizer(), samples=2, seqlen=16, seed=0)
     with pytest.raises(CalibrationError, match=r"layer 1: .*o_proj.weight is all zero.*gradients are all zero"):
-        collect_fisher(model, get_family(model.config.to_dict()), windows)
+        collect_fisher(model, get_family(model.config.to_dict()), windows, Collected())
 
 
 def test_broken_autograd_is_refused(text_file: Path) -> None:
@@ -262,13 +281,13 @@ def test_broken_autograd_is_refused(text_file: Path) -> None:
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: output.detach())
     windows = make_windows(str(text_file), byte_tokenizer(), samples=2, seqlen=16, seed=0)
     with pytest.raises(CalibrationError, match=r"use --no-fisher .care calibrate. or --method care"):
-        collect_fisher(model, get_family(model.config.to_dict()), windows)
+        collect_fisher(model, get_family(model.config.to_dict()), windows, Collected())
 
 
 def test_labels_are_drawn_from_the_prediction() -> None:
     """Blocks that do not divide the vocabulary, blocks without mass and a label of zero probability included."""
     probabilities = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.0, 0.2, 0.4])
-    drawn = _draw(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0), block=2)
+    drawn = draw_labels(probabilities.repeat(20_000, 1), label_variates(20, 1000, seed=0).flatten(), block=2)
     shares = torch.bincount(drawn[:, 0], minlength=7) / len(drawn)
     assert drawn.shape == (20_000, 1) and drawn.max() < 7
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0.0)

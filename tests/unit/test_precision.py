@@ -13,7 +13,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import Propagation, collect_fisher, collect_moments
+from care_mla.calibration import Collected, Propagation, collect_fisher, collect_moments
 from care_mla.errors import CalibrationError, NumericalError
 from care_mla.families import get_family
 from care_mla.layouts import DenseProjections
@@ -65,8 +65,10 @@ def test_moments_are_those_of_the_products_whatever_the_bias(name: str) -> None:
     """Against products of the same inputs in float64; the output minus the bias was 29% off."""
     model = _biased(name, 200.0)
     family = get_family(model.config.to_dict())
-    moments = collect_moments(model, family, WINDOWS, with_inputs=True)
-    fisher_moments, fisher = collect_fisher(model, family, WINDOWS)
+    forward_only, both = Collected(), Collected()
+    collect_moments(model, family, WINDOWS, forward_only, with_inputs=True)
+    collect_fisher(model, family, WINDOWS, both)
+    moments, fisher_moments, fisher = forward_only.moments, both.moments, both.fisher
     for layer in range(3):
         attention = model.model.layers[layer].self_attn
         W = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach().double()
@@ -83,7 +85,10 @@ def test_rows_of_a_fused_projection_with_a_bias() -> None:
         fused.bias = torch.nn.Parameter(torch.zeros(fused.out_features, dtype=torch.bfloat16))
         fused.bias.data[-fused.out_features // 2 :] = 200.0
     family = get_family(plain.config.to_dict())
-    one, other = (collect_moments(model, family, WINDOWS)[0] for model in (plain, biased))
+    found = Collected(), Collected()
+    for model, sink in zip((plain, biased), found, strict=True):
+        collect_moments(model, family, WINDOWS, sink)
+    one, other = (sink.moments[0] for sink in found)
     torch.testing.assert_close(one.output_second, other.output_second, rtol=1e-9, atol=1e-9)
 
 
@@ -162,4 +167,4 @@ def test_outputs_that_are_all_zero_are_refused() -> None:
     with pytest.raises(NumericalError, match="all zero"):
         decompose(nothing)
     with pytest.raises(CalibrationError, match="outputs are all zero"):
-        FisherMoments.zeros(3).update(torch.zeros(5, 3), torch.ones(5, 3), nothing)
+        FisherMoments.leverage_metric(nothing)

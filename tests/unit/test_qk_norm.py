@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import collect_fisher, collect_moments, normalized_keys_taps, normalized_taps
-from care_mla.calibration.collect import _sampled_gradient
+from care_mla.calibration import Collected, collect_fisher, collect_moments
+from care_mla.calibration.labels import label_variates, sampled_gradient
 from care_mla.conversion.linear_norms import (
     affine_fit,
     constant_norm,
@@ -96,13 +96,12 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     path.write_text("\n".join(f'{{"text": "{chr(97 + i) * (6 + 3 * i * padded)} words and more"}}' for i in range(4)))
     windows = make_windows(str(path), byte_tokenizer(), samples=4, seqlen=20, seed=0, pack=False)
     family = get_family(model.config.to_dict())
-    taps = normalized_taps(model, family, with_gradients=True)
-    keys_taps = normalized_keys_taps(model, family)
-    collect_fisher(model, family, windows, seed=7, batch_size=4, alongside=[*taps, *keys_taps])
-    found, fisher = taps[1].statistics, taps[1].fisher
-    taps = normalized_taps(model, family)
-    collect_moments(model, family, windows, batch_size=2, alongside=taps)
-    plain = taps[1].statistics
+    both, keys_alone, forward_only = Collected(), Collected(), Collected()
+    collect_fisher(model, family, windows, both, seed=7, batch_size=4, normalized=True)
+    collect_fisher(model, family, windows, keys_alone, seed=7, batch_size=4, normalized_keys=True)
+    found, fisher = both.normalized[1], both.normalized_fisher[1]
+    collect_moments(model, family, windows, forward_only, batch_size=2, normalized=True)
+    plain = forward_only.normalized[1]
 
     seen: dict[str, Tensor] = {}
     for part in ("q_norm", "k_norm", "v_proj"):
@@ -115,7 +114,7 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     (batch,) = windows.batches(4)
     counted = batch.attention_mask.bool()
     logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logits.backward(_sampled_gradient(logits, counted, torch.Generator().manual_seed(7)))
+    logits.backward(sampled_gradient(logits, counted, label_variates(4, 20, seed=7)))
     v_bias = model.model.layers[1].self_attn.v_proj.bias
     x, q, k, v = (seen[part].detach().flatten(2)[counted] for part in ("x", "q_norm", "k_norm", "v_proj"))
     v = v if v_bias is None else v - v_bias.detach()
@@ -125,12 +124,12 @@ def test_collected_sums_equal_autograd(name: str, padded: bool, tmp_path: Path) 
     expected_fisher = FisherMoments.zeros(y.shape[1])
     expected.queries.update(x1, q, ones)
     expected.keys.update(x1, k, g.norm(dim=1))
-    expected_fisher.update(y, g, y.double().T @ y.double() / len(y))
+    expected_fisher.update(y, g, FisherMoments.leverage_metric(y.double().T @ y.double() / len(y)))
     for key, tensor in expected.to_tensors().items():
         torch.testing.assert_close(found.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
     for key, tensor in expected_fisher.to_tensors().items():
         torch.testing.assert_close(fisher.to_tensors()[key], tensor, rtol=1e-3, atol=1e-4)
-        assert torch.equal(keys_taps[1].fisher.to_tensors()[key], fisher.to_tensors()[key])
+        assert torch.equal(keys_alone.normalized_fisher[1].to_tensors()[key], fisher.to_tensors()[key])
     forward = CrossMoments.zeros(x1.shape[1], k.shape[1])
     forward.update(x1, k, ones)
     for key, tensor in forward.to_tensors().items():

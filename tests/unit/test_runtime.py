@@ -17,7 +17,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 import care_mla
-from care_mla.calibration import Propagation, collect, collect_fisher, collect_moments, normalized_taps
+from care_mla.calibration import Collected, Propagation, collect_fisher, collect_moments
 from care_mla.config import HealSettings, Recipe
 from care_mla.errors import ConfigError
 from care_mla.families import get_family
@@ -240,21 +240,25 @@ def test_sums_live_where_float64_is() -> None:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_no_float64_is_made_on_a_device_without_it(name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics of a model that says it is on such a device are those of the same model on the CPU."""
-    monkeypatch.setattr(collect, "checkpoint_layers", lambda *_: None)  # it compares devices, which these pretend
     weights = torch.tensor([1.0, 0.5, 2.0, 1.0] if weighted else [1.0] * 4, dtype=torch.float64)
     ids = torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(0))
     windows = TokenWindows(ids, torch.tensor([12, 12, 9, 12]), weights)
     family = get_family(tiny_model(name).config.to_dict())
 
     def statistics(model: Any) -> dict[str, Tensor]:
-        def taps(**options: Any) -> Any:
-            return normalized_taps(model, family, **options) if name == "qwen3" else []
-
-        plain, with_gradients = taps(), taps(with_gradients=True)
-        moments = collect_moments(model, family, windows, with_inputs=True, alongside=plain)
-        both, fisher = collect_fisher(model, family, windows, alongside=with_gradients)
+        forward_only, both = Collected(), Collected()
+        collect_moments(model, family, windows, forward_only, with_inputs=True, normalized=name == "qwen3")
+        collect_fisher(model, family, windows, both, normalized=name == "qwen3")
         refit = Propagation(model, family, windows, ridge=0.1).refit(0, bent)
-        found = [moments[1], both[1], fisher[1], *(tap.statistics for tap in (*plain[1:2], *with_gradients[1:2]))]
+        sinks = [
+            forward_only.moments,
+            both.moments,
+            both.fisher,
+            forward_only.normalized,
+            both.normalized,
+            both.normalized_fisher,
+        ]
+        found = [sink[1] for sink in sinks if sink]
         tensors = {f"{i} {key}": t for i, sums in enumerate(found) for key, t in sums.to_tensors().items()}
         return {**tensors, "refit": refit.weight}
 

@@ -1,26 +1,14 @@
-"""Calibration: windows of tokens in, moments out."""
+"""Calibration: windows of tokens in, statistics of every layer out; and the refit, which runs the same text again."""
 
-from care_mla.calibration.collect import (
-    WITHOUT_FISHER,
-    NormalizedKeysTap,
-    NormalizedTap,
-    checkpoint_layers,
-    collect_fisher,
-    collect_moments,
-    normalized_keys_taps,
-    normalized_taps,
-)
+from care_mla.calibration.collect import Collected, collect_fisher, collect_moments
 from care_mla.calibration.propagation import OutputRefit, Propagation
+from care_mla.calibration.taps import WITHOUT_FISHER
 
 __all__ = [
     "WITHOUT_FISHER",
-    "NormalizedKeysTap",
-    "NormalizedTap",
+    "Collected",
     "OutputRefit",
     "Propagation",
-    "checkpoint_layers",
     "collect_fisher",
     "collect_moments",
-    "normalized_keys_taps",
-    "normalized_taps",
 ]

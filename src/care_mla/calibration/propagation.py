@@ -7,7 +7,7 @@ part of them back. It costs no cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,9 @@ from care_mla.families import FamilySpec
 from care_mla.families.spec import Projection
 from care_mla.layouts import DenseProjections
 from care_mla.linalg import ridge_refit
-from care_mla.runtime import sums_device
+from care_mla.runtime import LayerWalk, standing_in, sums_device
 from care_mla.stats import CrossMoments
-from care_mla.text import Batch, TokenWindows
+from care_mla.text import TokenWindows
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,16 @@ class OutputRefit:
     error_after: float
 
 
-@dataclass
-class _Streams:
-    """One batch on its way through both models.
+@dataclass(frozen=True)
+class _Counted:
+    """Which tokens of a batch count: [batch * seqlen] bool; and how much: [counted tokens] float64."""
 
-    Attributes:
-        original, converted: [batch, seqlen, D], what enters the next layer.
-        layer_arguments: [layer] -> keyword arguments that the model passes to it (masks, rotations).
-        counted: [batch * seqlen] bool; token_weight: [counted tokens].
-    """
-
-    original: Tensor
-    converted: Tensor
-    layer_arguments: list[dict[str, Any]]
-    counted: Tensor
-    token_weight: Tensor
+    tokens: Tensor
+    weight: Tensor
 
 
 class Propagation:
-    """Walks the layers in order; `refit` must be called once for each.
+    """Walks the layers in order, with the stream of the converted model beside the source's; `refit` must be called once for each layer.
 
     Args:
         model: the source model. Its layers are changed only while one of them runs.
@@ -73,31 +64,14 @@ class Propagation:
         self, model: PreTrainedModel, family: FamilySpec, windows: TokenWindows, *, ridge: float, batch_size: int = 8
     ):
         self.model, self.family, self.ridge = model, family, ridge
-        self.layers = list(model.get_submodule(family.layers))
+        self.walk = LayerWalk(model, family, windows.batches(batch_size))
+        self.converted = list(self.walk.streams)
+        self._counted = []
+        for batch in self.walk.batches:
+            tokens = batch.attention_mask.flatten().bool()
+            weight = batch.token_weight.flatten()[tokens]
+            self._counted.append(_Counted(tokens.to(model.device), weight.to(sums_device(model.device))))
         self._next = 0
-        with torch.no_grad():
-            self._streams = [self._enter(batch) for batch in windows.batches(batch_size)]
-
-    def _enter(self, batch: Batch) -> _Streams:
-        """The embeddings of a batch, and what the model would pass to each layer, found by letting none of them compute."""
-        arguments: list[dict[str, Any]] = []
-        hidden: list[Tensor] = []
-
-        def note(hidden_states: Tensor, **keywords: Any) -> Tensor:
-            hidden.append(hidden_states)
-            arguments.append(keywords)
-            return hidden_states
-
-        with _standing_in(self.layers, note):
-            self.model.get_decoder()(
-                input_ids=batch.input_ids.to(self.model.device),
-                attention_mask=batch.mask_or_none(self.model.device),
-                use_cache=False,
-            )
-        counted = batch.attention_mask.flatten().bool()
-        weight = batch.token_weight.flatten()[counted]
-        device = self.model.device
-        return _Streams(hidden[0], hidden[0], arguments, counted.to(device), weight.to(sums_device(device)))
 
     @torch.no_grad()
     def refit(self, layer: int, projections: DenseProjections) -> OutputRefit:
@@ -119,59 +93,62 @@ class Propagation:
         """
         assert layer == self._next, "layers are refitted in order"
         self._next += 1
-        module = self.layers[layer]
-        attention = self.model.get_submodule(self.family.attention_name(layer))
+        attention = self.walk.attention(layer)
         o_proj: nn.Linear = getattr(attention, self.family.o_proj)
-        targets = [self._advance_original(streams, module, o_proj, layer) for streams in self._streams]
+        targets = self._advance_original(layer, o_proj)
         device = sums_device(self.model.device)
         moments = CrossMoments.zeros(o_proj.in_features, o_proj.out_features, device=device)
         W = o_proj.weight.to(device).double()
         contexts: list[Tensor] = []
         with _converted(attention, self.family, projections):
-            for streams, (target, weight) in zip(self._streams, targets, strict=True):
-                context = _attention_context(module, o_proj, streams.converted, streams.layer_arguments[layer])
+            for index, (target, weight) in enumerate(targets):
+                context, counted = self._attention_context(layer, index, o_proj), self._counted[index]
                 moments.update(
-                    context.flatten(0, 1)[streams.counted],
-                    target.flatten(0, 1)[streams.counted],
-                    weight.flatten()[streams.counted].to(device) * streams.token_weight,
+                    context.flatten(0, 1)[counted.tokens],
+                    target.flatten(0, 1)[counted.tokens],
+                    weight.flatten()[counted.tokens].to(device) * counted.weight,
                 )
                 contexts.append(context)
         try:
             refitted = ridge_refit(W, moments.input_second / moments.weight, moments.cross / moments.weight, self.ridge)
         except NumericalError as error:
             raise CalibrationError(f"layer {layer}: {error}; convert with --no-refit") from error
-        for streams, context in zip(self._streams, contexts, strict=True):
+        for index, context in enumerate(contexts):
             output = linear(context, refitted.to(context.dtype).to(context.device), o_proj.bias)
             # transformers' attentions return their output and their weights
-            with _standing_in([attention], lambda *inputs, output=output, **keywords: (output, None)):
-                streams.converted = module(streams.converted, **streams.layer_arguments[layer])
+            with standing_in([attention], lambda *inputs, output=output, **keywords: (output, None)):
+                self.converted[index] = self.walk.run(layer, index, self.converted[index])
         return OutputRefit(refitted.cpu(), moments.relative_error(W), moments.relative_error(refitted))
 
-    def _advance_original(
-        self, streams: _Streams, module: nn.Module, o_proj: nn.Linear, layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run the original layer; the target of the converted output projection and the weight of each token, float32.
+    def _advance_original(self, layer: int, o_proj: nn.Linear) -> list[tuple[Tensor, Tensor]]:
+        """Run the original layer; by batch, the target of the converted output projection and the weight of each token, float32.
 
         Sums and differences with the streams are not rounded to the model's precision, and a bias is left out of the
         product rather than subtracted from it.
         """
-        with _watched(o_proj) as seen:
-            following = module(streams.original, **streams.layer_arguments[layer])
-        original, streams.original = streams.original, following
-        output = seen["output"].float()
-        without_bias = output if o_proj.bias is None else linear(seen["input"], o_proj.weight).float()
-        if self.family.output_norm:
-            return without_bias, 1.0 / output.square().mean(-1)
+        targets: list[tuple[Tensor, Tensor]] = []
+        entering: list[Tensor] = list(self.walk.streams)
         scale = float(getattr(self.model.config, self.family.residual_scale)) if self.family.residual_scale else 1.0
-        target = (original.float() + scale * without_bias - streams.converted.float()) / scale
-        return target, 1.0 / (original.float() + scale * output).square().mean(-1)
 
+        def note_target(index: int) -> None:
+            output = seen["output"].float()
+            without_bias = output if o_proj.bias is None else linear(seen["input"], o_proj.weight).float()
+            if self.family.output_norm:
+                targets.append((without_bias, 1.0 / output.square().mean(-1)))
+                return
+            original = entering[index].float()
+            target = (original + scale * without_bias - self.converted[index].float()) / scale
+            targets.append((target, 1.0 / (original + scale * output).square().mean(-1)))
 
-def _attention_context(module: nn.Module, o_proj: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Input of the output projection; what follows it in the layer is not run."""
-    with _watched(o_proj, stop=True) as seen, suppress(_Reached):
-        module(hidden, **arguments)
-    return seen["input"]
+        with _watched(o_proj) as seen:
+            self.walk.forward(layer, after=note_target)
+        return targets
+
+    def _attention_context(self, layer: int, index: int, o_proj: nn.Linear) -> Tensor:
+        """Input of the output projection in the converted stream; what follows it in the layer is not run."""
+        with _watched(o_proj, stop=True) as seen, suppress(_Reached):
+            self.walk.run(layer, index, self.converted[index])
+        return seen["input"]
 
 
 @contextmanager
@@ -209,18 +186,6 @@ def _converted(attention: Any, family: FamilySpec, projections: DenseProjections
     finally:
         for name, module in originals.items():
             setattr(attention, name, module)
-
-
-@contextmanager
-def _standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """A function called in place of the modules for as long as the context lasts."""
-    for module in modules:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward  # the class's own again
 
 
 class _Reached(Exception):  # noqa: N818  (a signal, not an error)

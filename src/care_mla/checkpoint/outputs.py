@@ -250,6 +250,15 @@ def scratch() -> Iterator[Path]:
             yield directory
 
 
+@contextmanager
+def workspace(staging: Path, name: str = "work") -> Iterator[Path]:
+    """A directory inside an output that is being made, for what need not stay; gone before the output is whole."""
+    with vanishing(staging / name) as work:
+        with writing(work):
+            work.mkdir()
+        yield work
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from care_mla.errors import HealingError
 from care_mla.files import write_text, writing
 from care_mla.healing.processes import is_main, wait
+from care_mla.interrupts import uninterrupted
 from care_mla.records.healing import HeldOutLoss
 
 PROGRESS = "progress.json"
@@ -96,7 +97,8 @@ def _began_as_interrupt(error: BaseException | None) -> bool:
 
 
 def _save(values: dict[str, Any], directory: Path) -> None:
-    with _checkpointing(directory, "cannot be written"):
+    # An interrupt inside torch's writer, which calls back into Python from a C++ destructor, would abort the process.
+    with uninterrupted(), _checkpointing(directory, "cannot be written"):
         dcp.save(values, checkpoint_id=directory)
 
 

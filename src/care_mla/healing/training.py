@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from care_mla.calibration import checkpoint_layers
 from care_mla.config import HealSettings
 from care_mla.errors import ConfigError, ConversionError
 from care_mla.healing.blocks import Blocks, held_out
@@ -39,7 +38,7 @@ from care_mla.healing.top_probabilities import (
 from care_mla.healing.unfinished import UnfinishedRun
 from care_mla.modeling import load
 from care_mla.progress import MeterFactory, Track, silent_meter
-from care_mla.runtime import memory_named
+from care_mla.runtime import checkpoint_layers, memory_named
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

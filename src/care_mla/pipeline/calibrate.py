@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from care_mla.checkpoint import Kind, claim, require_output
+from care_mla.checkpoint import Kind, claim, require_output, workspace
 from care_mla.config import CalibrationSettings
 from care_mla.conversion.source import Source
 from care_mla.errors import ConfigError
@@ -67,15 +67,7 @@ def write_statistics(
     dtype: torch.dtype | str,
     track: Track,
 ) -> None:
-    from care_mla.calibration import (
-        WITHOUT_FISHER,
-        NormalizedKeysTap,
-        NormalizedTap,
-        collect_fisher,
-        collect_moments,
-        normalized_keys_taps,
-        normalized_taps,
-    )
+    from care_mla.calibration import WITHOUT_FISHER, collect_fisher, collect_moments
     from care_mla.modeling import load
     from care_mla.text import embedding_rows, load_tokenizer, make_windows
     from care_mla.text.specs import SELF, parse_spec
@@ -103,31 +95,22 @@ def write_statistics(
     if windows is None:
         with memory_named("text was sampled from the model", device, "lower --seqlen, or choose another --device"):
             windows = make_windows(settings.calibration, tokenizer, **corpus, model=model, track=track)
-    taps: list[NormalizedKeysTap] = []
-    if settings.normalized:
-        taps = [*normalized_taps(model, source.family, with_gradients=settings.fisher)]
-    elif settings.fisher and has_norm and not lost:
-        taps = normalized_keys_taps(model, source.family)
-    options: dict[str, Any] = {"with_inputs": settings.inputs, "alongside": taps, "track": track}
     writer = StatisticsWriter(directory)
-    if settings.fisher:  # half the batch: a backward pass also holds the logits and their gradient
+    options: dict[str, Any] = {"with_inputs": settings.inputs, "normalized": settings.normalized, "track": track}
+    if settings.fisher:  # half the batch: the way back also holds the logits and their gradient
         half = max(1, settings.batch_size // 2)
-        with memory_named("Fisher statistics were collected", device, f"{lower}, or {WITHOUT_FISHER}"):
-            moments, fisher = collect_fisher(
-                model, source.family, windows, seed=settings.seed, batch_size=half, **options
-            )
-        for layer, layer_fisher in enumerate(fisher):
-            writer.write_fisher(layer, layer_fisher)
-        for layer, tap in enumerate(taps):
-            writer.write_normalized_fisher(layer, tap.fisher)
+        at_norm = has_norm and not lost
+        with (
+            memory_named("Fisher statistics were collected", device, f"{lower}, or {WITHOUT_FISHER}"),
+            workspace(directory, "inputs") as inputs,
+        ):
+            collect_fisher(
+                model, source.family, windows, writer, seed=settings.seed, normalized_keys=at_norm,
+                batch_size=half, inputs=inputs, **options,
+            )  # fmt: skip
     else:
         with memory_named("moments were collected", device, lower):
-            moments = collect_moments(model, source.family, windows, batch_size=settings.batch_size, **options)
-    for layer, layer_moments in enumerate(moments):
-        writer.write_layer(layer, layer_moments)
-    for layer, tap in enumerate(taps):
-        if isinstance(tap, NormalizedTap):
-            writer.write_normalized(layer, tap.statistics)
+            collect_moments(model, source.family, windows, writer, batch_size=settings.batch_size, **options)
     writer.write_windows(windows.to_tensors())
     writer.write_metadata(
         {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from care_mla.checkpoint import Kind, claim, require_output
+from care_mla.checkpoint import Kind, claim, require_output, workspace
 from care_mla.config import CalibrationSettings, Recipe
 from care_mla.conversion.compare import best_candidate
 from care_mla.conversion.decide import Decision, decide, statistics_needed
@@ -19,7 +17,7 @@ from care_mla.conversion.source import Source
 from care_mla.conversion.spectra import Spectra
 from care_mla.conversion.writer import ConvertedWriter
 from care_mla.errors import ConfigError
-from care_mla.files import vanishing, write_json, write_tensors, writing
+from care_mla.files import write_json, write_tensors
 from care_mla.layouts import dense_projections
 from care_mla.pipeline.calibrate import write_statistics
 from care_mla.pipeline.inputs import inputs_of
@@ -87,7 +85,7 @@ def convert(
     with (
         claim(out, Kind.CONVERTED, inputs, overwrite=overwrite) as claimed,
         claimed.staging(opened.reader.num_bytes) as staging,
-        _workspace(staging) as work,
+        workspace(staging) as work,
     ):
         if statistics is None:
             write_statistics(opened, work, settings, device=where, dtype="auto", track=track)
@@ -171,12 +169,3 @@ def _propagation(source: Source, statistics: StatisticsStore, decision: Decision
     require_same_weights(source, model)
     with memory_named("the text was read for the refit", device, REFIT_LOWER):
         return Propagation(model, source.family, windows, ridge=decision.recipe.refit_ridge)
-
-
-@contextmanager
-def _workspace(staging: Path) -> Iterator[Path]:
-    """A scratch directory on the target's disk, gone before the target is renamed."""
-    with vanishing(staging / "work") as work:
-        with writing(work):
-            work.mkdir()
-        yield work

@@ -13,8 +13,8 @@ from care_mla.errors import CalibrationError
 from care_mla.linalg import positive_inverse, shrink_to_isotropic, solve
 from care_mla.stats.moments import MergeableSums
 
-RUNNING_SHRINKAGE = 0.02
-"""Of the running second moment that weighs gradients; it only has to be invertible."""
+LEVERAGE_SHRINKAGE = 0.02
+"""Of the second moment that weighs gradients; it only has to be invertible."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class FisherMoments(MergeableSums):
     Attributes:
         num_tokens: [], tokens seen.
         output_weight, output_sum, output_second: sums of ||g||, ||g|| y, ||g|| y y^T.
-        gradient_weight, gradient_second: sums of v, v g g^T with v = y^T M^-1 y, M the second moment of the tokens so far.
+        gradient_weight, gradient_second: sums of v, v g g^T with v = y^T M^-1 y, M the second moment of all tokens.
 
     Source: K-FAC (arXiv 1503.05671) for the factorization; Dutilleul 1999 for the flip-flop. Differs from both in the
     square root of ||g||^2 as weight of the outputs, which did better on held-out text.
@@ -56,21 +56,37 @@ class FisherMoments(MergeableSums):
             new(output_width, output_width),
         )
 
+    @staticmethod
+    def leverage_metric(second_moment: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+        """M^-1 of the leverages v, M slightly shrunk.
+
+        Args:
+            second_moment: E[y y^T] of all tokens.
+
+        Raises:
+            CalibrationError: outputs that are all zero.
+        """
+        if not float(second_moment.diagonal().sum()) > 0:
+            raise CalibrationError("outputs are all zero")
+        return positive_inverse(
+            shrink_to_isotropic(second_moment, LEVERAGE_SHRINKAGE), name="the second moment of the outputs"
+        )
+
     def update(
         self,
         outputs: Float[Tensor, "tokens m"],
         gradients: Float[Tensor, "tokens m"],
-        second_moment: Float[Tensor, "m m"],
+        leverage_metric: Float[Tensor, "m m"],
         token_weight: Float[Tensor, "tokens"] | None = None,
     ) -> None:
         """Add one batch of tokens.
 
         Args:
-            second_moment: E[y y^T] of the tokens so far, this batch included.
+            leverage_metric: see `leverage_metric`; the same for all batches.
             token_weight: [tokens], positive; None counts every token once.
 
         Raises:
-            CalibrationError: non-finite gradients, or all of them zero; outputs that are all zero.
+            CalibrationError: non-finite gradients, or all of them zero.
         """
         # Batch products in the activations' own precision (at least float32), sums in float64: the sums are a metric whose
         # eigenvalues are damped by percents, and float64 products would cost as much as a forward pass.
@@ -81,11 +97,7 @@ class FisherMoments(MergeableSums):
         total = float(norms.sum())
         if not total > 0 or total == float("inf"):
             raise CalibrationError("gradients are all zero" if total == 0 else "non-finite gradients")
-        if not float(second_moment.diagonal().sum()) > 0:
-            raise CalibrationError("outputs are all zero")
-        shrunk = shrink_to_isotropic(second_moment.to(device), RUNNING_SHRINKAGE)
-        inverse = positive_inverse(shrunk, name="the second moment of the outputs").to(precision)
-        leverage = ((y @ inverse) * y).sum(1)
+        leverage = ((y @ leverage_metric.to(device).to(precision)) * y).sum(1)
         if token_weight is not None:
             w = token_weight.to(device).to(precision)
             norms, leverage = norms * w, leverage * w
@@ -124,6 +136,6 @@ class FisherMoments(MergeableSums):
         Args:
             second_moment: E[y y^T] of all tokens, not shrunk.
         """
-        plain = shrink_to_isotropic(second_moment, RUNNING_SHRINKAGE)
+        plain = shrink_to_isotropic(second_moment, LEVERAGE_SHRINKAGE)
         leverage: Tensor = solve(plain, self.second_moment, name="the second moment of the outputs").diagonal().sum()
         return self.gradient_second / (self.num_tokens * leverage)

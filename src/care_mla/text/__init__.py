@@ -2,10 +2,9 @@
 
 from care_mla.text.documents import joined, load_text, stream_documents
 from care_mla.text.tokens import embedding_rows, load_tokenizer
-from care_mla.text.windows import Batch, TokenWindows, make_windows
+from care_mla.text.windows import TokenWindows, make_windows
 
 __all__ = [
-    "Batch",
     "TokenWindows",
     "embedding_rows",
     "joined",

@@ -11,35 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from care_mla.errors import ConfigError
 from care_mla.progress import Track, silent
+from care_mla.runtime import Batch
 from care_mla.text.documents import corpus_reader
 from care_mla.text.packing import document_windows, padding_token, text_windows
 from care_mla.text.sampling import copying_windows, sample_from_model
 from care_mla.text.specs import COPY, SELF, parse_spec, require_distinct, share
 from care_mla.text.tokens import leading_bos, require_embedded
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens ready for a forward pass.
-
-    Attributes:
-        input_ids: [batch, seqlen].
-        attention_mask: [batch, seqlen], 0 on padding.
-        token_weight: [batch, seqlen] float, the token's weight in the statistics; 0 on padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_weight: Tensor
-
-    @property
-    def is_full(self) -> bool:
-        """No padding."""
-        return bool(self.attention_mask.all())
-
-    def mask_or_none(self, device: torch.device) -> Tensor | None:
-        """The attention mask, or None where it would mask nothing."""
-        return None if self.is_full else self.attention_mask.to(device)
 
 
 @dataclass(frozen=True)
