@@ -53,7 +53,7 @@ def inputs(directory: Path) -> dict[str, Words]:
     care_mla.convert(source, directory / "joint", kv_save=0.5, stats=stats)
     few = ["--eval-every", 2, "--eval-blocks", 2, "--seqlen", 32, "--batch-size", 4]
     return {
-        "calibrate": lambda out: ["calibrate", source, "--out", out, "--calibration", text, "--samples", 64, "--seqlen", 64, "--fisher"],
+        "calibrate": lambda out: ["calibrate", source, "--out", out, "--calibration", text, "--samples", 64, "--seqlen", 64],
         "convert": lambda out: ["convert", source, "--out", out, "--stats", stats, "--kv-save", 0.75],
         "convert --heal-tokens": lambda out: ["convert", source, "--out", out, "--stats", stats, "--kv-save", 0.5, "--heal-tokens", "2k", "--heal-data", text],
         "export": lambda out: ["export", directory / "mla", "--out", out],

@@ -120,7 +120,7 @@ def in_vllm(python: Path, directory: Path, prompts: list[list[int]], work: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--stats", type=Path, required=True, help="of `care calibrate --fisher`")
+    parser.add_argument("--stats", type=Path, required=True, help="of `care calibrate`")
     parser.add_argument("--venv", type=Path, required=True)
     arguments = parser.parse_args()
     quiet_libraries()

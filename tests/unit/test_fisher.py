@@ -214,7 +214,7 @@ def test_pipeline_refuses_what_does_not_fit(tiny: Callable[..., Path], tmp_path:
     with pytest.raises(ConfigError, match="--ranks energy"):
         care_mla.convert(source, tmp_path / "out", kv_save=0.5, method="care", ranks="fisher", calibration=text)
     stats = care_mla.calibrate(source, tmp_path / "stats", fisher=False, **text)
-    with pytest.raises(CalibrationError, match="--fisher"):
+    with pytest.raises(CalibrationError, match="calibrated with --no-fisher"):
         care_mla.convert(source, tmp_path / "out", kv_save=0.5, method="fisher", stats=stats)
     assert not (tmp_path / "out").exists()
 

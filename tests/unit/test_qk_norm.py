@@ -173,7 +173,7 @@ def test_what_linear_needs(tiny: Callable[..., Path], tmp_path: Path, text_file:
     with pytest.raises(CalibrationError, match="care calibrate --normalized"):
         care_mla.convert(source, out, stats=stats, **recipe)
     stats = care_mla.calibrate(source, tmp_path / "forward", fisher=False, normalized=True, **text)
-    with pytest.raises(CalibrationError, match="--fisher"):
+    with pytest.raises(CalibrationError, match="without --no-fisher"):
         care_mla.convert(source, out, stats=stats, **recipe)
     assert not out.exists()
     manifest = care_mla.convert(source, out, stats=stats, method="care", ranks="uniform", **recipe)

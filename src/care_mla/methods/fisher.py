@@ -28,7 +28,7 @@ def fisher(statistics: LayerStatistics, W: Float[Tensor, "m D"], weighting: Weig
     collected = statistics.fisher
     if collected is None:
         raise CalibrationError(
-            "method fisher needs Fisher statistics; calibrate with `--fisher`, or choose --method care"
+            "method fisher needs Fisher statistics; calibrate without --no-fisher, or choose --method care"
         )
     mean = collected.mean if weighting.centre else torch.zeros_like(collected.mean)
     centred = collected.second_moment - torch.outer(mean, mean)

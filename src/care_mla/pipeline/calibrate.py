@@ -53,9 +53,18 @@ def calibrate(
     opened = open_source(source)
     inputs += inputs_of(source=opened.directory)
     require_true_spec(opened)
-    with claim(out, Kind.STATISTICS, inputs, overwrite=overwrite) as claimed, claimed.staging() as staging:
+    with (
+        claim(out, Kind.STATISTICS, inputs, overwrite=overwrite) as claimed,
+        claimed.staging(kept_bytes(opened, chosen)) as staging,
+    ):
         write_statistics(opened, staging, chosen, device=where, dtype=precision, track=track)
     return out
+
+
+def kept_bytes(source: Source, settings: CalibrationSettings) -> int:
+    """What a calibration keeps on disk while it runs: the inputs of all layers, for the way back."""
+    tokens = settings.samples * settings.seqlen if settings.fisher else 0
+    return tokens * source.geometry.hidden_size * source.geometry.num_layers * source.dtype.itemsize
 
 
 def write_statistics(

@@ -19,7 +19,7 @@ from care_mla.conversion.writer import ConvertedWriter
 from care_mla.errors import ConfigError
 from care_mla.files import write_json, write_tensors
 from care_mla.layouts import dense_projections
-from care_mla.pipeline.calibrate import write_statistics
+from care_mla.pipeline.calibrate import kept_bytes, write_statistics
 from care_mla.pipeline.inputs import inputs_of
 from care_mla.pipeline.report import draw_report
 from care_mla.pipeline.source import open_source
@@ -82,9 +82,10 @@ def convert(
     if statistics is not None:
         require_statistics(statistics, chosen)
 
+    needed = opened.reader.num_bytes + (0 if statistics is not None else kept_bytes(opened, settings))
     with (
         claim(out, Kind.CONVERTED, inputs, overwrite=overwrite) as claimed,
-        claimed.staging(opened.reader.num_bytes) as staging,
+        claimed.staging(needed) as staging,
         workspace(staging) as work,
     ):
         if statistics is None:

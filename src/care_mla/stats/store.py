@@ -144,7 +144,7 @@ class StatisticsStore:
         """
         if not self.has_fisher:
             raise CalibrationError(
-                f"{self.directory} holds no Fisher statistics; collect them with `care calibrate --fisher`, or choose --method care"
+                f"{self.directory} holds no Fisher statistics (calibrated with --no-fisher); calibrate again without it, or choose --method care"
             )
         return FisherMoments.from_tensors(
             self._load(_fisher_file(self.directory, layer), f"statistics of layer {layer}")
@@ -163,8 +163,8 @@ class StatisticsStore:
         """
         if not self.has_normalized_fisher:
             raise CalibrationError(
-                f"{self.directory} holds no Fisher statistics of normalized keys, which layout mla needs with QK-norm; add --fisher to "
-                "`care calibrate`, or choose --method care"
+                f"{self.directory} holds no Fisher statistics of normalized keys, which layout mla needs with QK-norm; calibrate again "
+                "without --no-fisher, or choose --method care"
             )
         return FisherMoments.from_tensors(
             self._load(_normalized_fisher_file(self.directory, layer), f"statistics of layer {layer}")
