@@ -56,7 +56,7 @@ ROTARY_WIDTHS = (16, 32, 48, 64, 96, 128)
 
 LATENT_LOSS_WEIGHT = 4.0
 """How much more a predicted loss of the latent counts than one of dropped rotations when widths are compared: on held-out text
-the first came out too low, the second too high (docs/mla.md); 3 to 6 choose the same widths."""
+the first came out too low, the second too high (docs/results/mla-choices.md); 3 to 6 choose the same widths."""
 
 
 @dataclass(frozen=True)
